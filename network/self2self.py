@@ -1,0 +1,256 @@
+"""Self2Self: learning one image from its own degraded observation (Quan, Chen, Pang, Ji, CVPR 2020)."""
+
+import copy
+import math
+
+import numpy as np
+import torch
+
+from network.punet import Punet
+
+# Pixels in one forward pass of the ensemble: enough to fill a GPU, and what a CPU's cache likes best.
+PREDICTION_PIXELS = {"cuda": 2**20, "cpu": 1, "mps": 2**18}
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+class BernoulliMasks:
+    """A seeded stream of Bernoulli masks on one device.
+
+    Four entries come from one 64-bit draw, 16 bits each, so a rate is exact to 2**-16. On the CPU the draws are
+    NumPy's: PyTorch's are serial there and three times slower, its bernoulli_ twenty times.
+
+    Args:
+        device: where the masks are made.
+        entropy: non-negative integers that name the stream, such as (seed, step).
+    """
+
+    def __init__(self, device, *entropy):
+        self.device = device
+        if device.type == "cuda":
+            self.generator = torch.Generator(device)
+        self.seed(*entropy)
+
+    def seed(self, *entropy):
+        """Start the stream named by `entropy`."""
+        sequence = np.random.SeedSequence(entropy)
+        if self.device.type == "cuda":
+            self.generator.manual_seed(
+                int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+            )
+        else:
+            self.bits = np.random.SFC64(sequence)
+
+    def state(self):
+        """The stream's position, as a tensor."""
+        if self.device.type == "cuda":
+            return self.generator.get_state()
+        return torch.from_numpy(self.bits.state["state"]["state"].view(np.int64).copy())
+
+    def load_state(self, state):
+        """Go on from a position that `state` gave."""
+        if self.device.type == "cuda":
+            self.generator.set_state(state.cpu())
+        else:
+            words = state.numpy().view(np.uint64)
+            self.bits.state = self.bits.state | {"state": {"state": words}}
+
+    def __call__(self, shape, drop_rate):
+        """Return a mask of `shape`: 1 = kept, 0 = dropped with probability drop_rate (bool on CUDA, else float)."""
+        count = math.prod(shape)
+        words = (count + 3) // 4
+        if self.device.type == "cuda":
+            bits = torch.empty(words, dtype=torch.int64, device=self.device)
+            bits.random_(-(2**63), None, generator=self.generator)
+        else:
+            bits = torch.from_numpy(self.bits.random_raw(words).view(np.int64))
+        kept = (
+            bits.view(torch.int16)[:count].view(shape)
+            >= round(drop_rate * 2**16) - 2**15
+        )
+        # The CPU multiplies by a bool ten times slower than by a float.
+        return kept if self.device.type == "cuda" else kept.float().to(self.device)
+
+
+def flip(x, flips):
+    """Mirror each sample of x (N, C, H, W) left-right and up-down where flips (N, 2, 1, 1) says so; its own inverse."""
+    x = torch.where(flips[:, :1] > 0, x.flip(-1), x)
+    return torch.where(flips[:, 1:] > 0, x.flip(-2), x)
+
+
+def dropped_loss(degraded, y, judged):
+    """Mean squared error over the judged entries (paper, equation 7): the dropped ones.
+
+    Args:
+        degraded: A(f), the prediction through the forward operator, (N, C, H, W).
+        y: the observation, broadcast to the same shape.
+        judged: 1 - m, of the same shape; where it is 0 an entry is not looked at.
+    """
+    return (judged * (degraded - y) ** 2).sum() / judged.count_nonzero().clamp(min=1)
+
+
+class Self2Self:
+    """The learner of one image at a time.
+
+    Args:
+        drop_rate: p of the Bernoulli mask and of the decoder's dropout, in [0, 1); 0: no sampling, every entry judged.
+        lr: learning rate.
+        optimizer: "adam" or "adamw".
+        bs: Bernoulli samples of the observation per step.
+        seed: of the weights, the masks and the dropout.
+        device: where to compute.
+    """
+
+    def __init__(self, *, drop_rate, lr, optimizer, bs, seed, device):
+        self.drop_rate, self.lr, self.optimizer_name, self.bs, self.seed = (
+            drop_rate,
+            lr,
+            optimizer,
+            bs,
+            seed,
+        )
+        self.device = torch.device(device)
+        self.y = None
+
+    def begin(self, observation, forward_operator):
+        """Start on an image with new weights.
+
+        On CUDA an image of the same shape, under the same operator, uses the step that was captured for the last one.
+
+        Args:
+            observation: y, (C, H, W), float, on the [0, 1] scale, not clipped.
+            forward_operator: A, of y = A(x) + n, from and to (N, C, H, W): the identity for denoising.
+        """
+        y = torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None]
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self.seed)
+            network = Punet(
+                y.shape[1], self.drop_rate
+            )  # the same weights on every device
+        if (
+            self.y is None
+            or y.shape != self.y.shape
+            or forward_operator is not self.forward_operator
+        ):
+            self._build(y, forward_operator, network)
+        self.y.copy_(y)
+        self.network.load_state_dict(network.state_dict())
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        self.masks.seed(self.seed, 0)
+        self.step = self.loss_steps = 0
+        self.loss_sum.zero_()
+
+    def _build(self, y, forward_operator, network):
+        """Make everything that lasts as long as the image's shape: the tensors that a captured step works on."""
+        on_cuda = self.device.type == "cuda"
+        layout = torch.channels_last if on_cuda else torch.contiguous_format
+        self.y, self.forward_operator = y.clone(), forward_operator
+        self.network = copy.deepcopy(network).to(self.device, memory_format=layout)
+        self.optimizer = OPTIMIZERS[self.optimizer_name](
+            self.network.parameters(),
+            lr=torch.tensor(self.lr, device=self.device),
+            fused=True,
+            capturable=on_cuda,
+        )
+        for weight in self.network.parameters():
+            weight.grad = torch.zeros_like(weight)
+        self.optimizer.step()  # makes Adam's averages, so that from here on all state is only written in place
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.masks = BernoulliMasks(self.device)
+        self.graph = None
+
+    def _tensors(self):
+        """Every tensor that a training step changes."""
+        adam = [
+            value for state in self.optimizer.state.values() for value in state.values()
+        ]
+        return [*self.network.parameters(), *adam, self.loss_sum]
+
+    def state_dict(self):
+        """All that the coming steps depend on, as tensors and numbers."""
+        tensors = [tensor.detach().clone() for tensor in self._tensors()]
+        return {
+            "tensors": tensors,
+            "masks": self.masks.state(),
+            "step": self.step,
+            "loss_steps": self.loss_steps,
+        }
+
+    def load_state_dict(self, state):
+        """Go on from a state of the same image, network and device type; written in place, under a captured step."""
+        with torch.no_grad():
+            for tensor, saved in zip(self._tensors(), state["tensors"], strict=True):
+                tensor.copy_(saved)
+        self.masks.load_state(state["masks"])
+        self.step, self.loss_steps = state["step"], state["loss_steps"]
+
+    def train_step(self):
+        """One optimiser step on `bs` Bernoulli samples of the observation."""
+        if self.device.type == "cuda":
+            if self.graph is None:
+                self._capture()
+            self.graph.replay()
+        else:
+            self._train()
+        self.step += 1
+        self.loss_steps += 1
+
+    def predict(self, num_prediction):
+        """Average the dropout ensemble (paper, equation 8).
+
+        The masks and the dropout come from the seed and the step alone: looking does not change the training.
+
+        Returns:
+            The restoration, (C, H, W), float32 on the CPU, in (0, 1).
+        """
+        masks = BernoulliMasks(self.device, self.seed, self.step)
+        size = max(1, PREDICTION_PIXELS[self.device.type] // self.y[0, 0].numel())
+        total = torch.zeros_like(self.y[0])
+        with torch.inference_mode():
+            for start in range(0, num_prediction, size):
+                prediction, _ = self._sample(masks, min(size, num_prediction - start))
+                total += prediction.sum(0)
+        return (total / num_prediction).cpu().numpy()
+
+    def mean_loss(self, reset=True):
+        """Mean loss of the steps since it was last reset. Reads the device: ask rarely."""
+        mean = self.loss_sum.item() / max(1, self.loss_steps)
+        if reset:
+            self.loss_sum.zero_()
+            self.loss_steps = 0
+        return mean
+
+    def _sample(self, masks, n):
+        """Predict from n Bernoulli samples: the predictions f and their masks m, (n, C, H, W), in y's orientation."""
+        y = self.y.expand(n, -1, -1, -1)
+        flips = masks((n, 2, 1, 1), 0.5)
+        mask = masks(y.shape, self.drop_rate).float()
+        seen = flip(mask, flips)
+        prediction = self.network(flip(y, flips) * seen, seen, masks)
+        return flip(prediction, flips), mask
+
+    def _train(self):
+        prediction, mask = self._sample(self.masks, self.bs)
+        judged = 1 - mask if self.drop_rate else torch.ones_like(mask)
+        loss = dropped_loss(self.forward_operator(prediction), self.y, judged)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.loss_sum += loss.detach()
+
+    def _capture(self):
+        """Capture the whole step in one CUDA graph, after a warm-up whose traces are wiped out."""
+        before = self.state_dict()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._train()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(self.masks.generator)
+        with torch.cuda.graph(self.graph):
+            self._train()
+        self.load_state_dict(before)
