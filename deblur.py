@@ -1,0 +1,163 @@
+"""Deblur images with Self2Self, each learnt from its own blurred pixels: y = k*x + n.
+
+The PSF k is known (non-blind); the convolution is circular.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+import torch
+
+import utils
+from network import Self2Self
+
+DEFAULTS = {
+    # What to restore
+    "path": "camera",  # image file, folder of images, or name of a scikit-image image
+    "crop": 0,  # side of a centre crop, pixels; 0 = whole image
+    "sigma": 10.0,  # noise added: standard deviation on the 0-255 scale; 0 = none
+    "observed": False,  # True: the image is blurred already, nothing is simulated
+    "reference": None,  # clean image file to score an observed one against, or None
+    # What blurred it
+    "kernel_size": 15,  # side of the Gaussian PSF, pixels
+    "kernel_sigma": 1.0,  # its standard deviation, pixels
+    "kernel": None,  # file of any other PSF (.mat, .npy or an image), or None
+    # How it learns
+    "drop_rate": 0.3,  # p of the Bernoulli mask and of the dropout, in [0, 1)
+    "iteration": 150000,  # training steps
+    "lr": 1e-4,  # learning rate
+    "optimizer": "adam",  # adam or adamw
+    "bs": 1,  # Bernoulli samples of the observation per step
+    "seed": 0,  # of noise, weights, masks and dropout
+    "device": "auto",  # auto, cpu, cuda, cuda:N or mps
+    # What it predicts and writes
+    "test_frequency": 1000,  # steps between ensemble predictions
+    "num_prediction": 100,  # predictions averaged
+    "model_type": "deblur",  # name of the results folder
+    "log_path": "./logs/deblur/log.txt",  # its .csv and .png stand beside it
+}
+
+
+def gaussian_psf(size, sigma):
+    """Return a Gaussian PSF (size, size) of standard deviation sigma, both in pixels."""
+    axis = np.arange(size) - (size - 1) / 2
+    profile = np.exp(-(axis**2) / (2 * sigma**2))
+    return np.outer(profile, profile) / profile.sum() ** 2
+
+
+def read_psf(path):
+    """Read a PSF (h, w), normalised to sum 1.
+
+    Args:
+        path: .mat (the array `kernel`, or the file's only matrix), .npy or an image.
+
+    Raises:
+        utils.InputError: it is none; the text says why.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise utils.InputError(f"{path}: no such file")
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".mat":
+            arrays = {k: v for k, v in scipy.io.loadmat(path).items() if k[0] != "_"}
+            psf = arrays.get("kernel", next(iter(arrays.values()), None))
+        elif suffix == ".npy":
+            psf = np.load(path, allow_pickle=False)
+        else:
+            psf = utils.decode(path)[..., :3]
+            psf = psf.mean(2) if psf.ndim == 3 else psf
+        psf = np.asarray(psf, np.float64)
+    except utils.InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged file fails in many ways
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise utils.InputError(f"{path}: no PSF can be read: {reason}") from None
+    if psf.ndim != 2 or not psf.size or not np.isfinite(psf).all() or psf.sum() <= 0:
+        raise utils.InputError(
+            f"{path}: a PSF is a matrix of finite numbers with a sum above 0"
+        )
+    return psf / psf.sum()
+
+
+class CircularBlur:
+    """The forward operator A of deblurring: circular convolution with a PSF.
+
+    A true convolution (the PSF is flipped), the same that scipy.ndimage.convolve
+    computes with mode="wrap", each channel by itself.
+
+    Args:
+        psf: k, (h, w).
+    """
+
+    def __init__(self, psf):
+        self.psf = torch.from_numpy(psf)
+        self.transfer = {}  # image size and device -> the PSF's Fourier transform
+
+    def __call__(self, x):
+        """Blur images (N, C, H, W); H and W not less than the PSF's."""
+        size = x.shape[-2:]
+        if (size, x.device) not in self.transfer:
+            if any(k > s for k, s in zip(self.psf.shape, size)):
+                raise utils.InputError(
+                    "the PSF of {}x{} pixels is larger than the image of {}x{}".format(
+                        *self.psf.shape[::-1], *size[::-1]
+                    )
+                )
+            padded = torch.zeros(size, dtype=torch.float64)
+            padded[: self.psf.shape[0], : self.psf.shape[1]] = self.psf
+            centre = [-(s // 2) for s in self.psf.shape]
+            transfer = torch.fft.rfft2(padded.roll(centre, (0, 1)))
+            self.transfer[size, x.device] = transfer.to(torch.complex64).to(x.device)
+        transfer = self.transfer[size, x.device]
+        return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=size)
+
+
+def restore(record, blur, learner, args):
+    """Restore one image: make its observation, learn it, predict at every test."""
+    if args.observed:
+        record.observe(record.image, kernel=blur.psf.numpy())
+    else:
+        blurred = blur(torch.from_numpy(record.image)[None])[0].numpy()
+        noise = utils.gaussian_noise(record.image.shape, args.sigma, args.seed)
+        record.observe(
+            blurred + noise, noise=noise, blurred=blurred, kernel=blur.psf.numpy()
+        )
+    learner.begin(record.observation, blur)
+    for step in record.steps(learner):
+        learner.train_step()
+        if record.is_test(step):
+            restored = learner.predict(args.num_prediction)
+            record.add(step, learner.mean_loss(), restored)
+
+
+def main(argv=None):
+    """Run the script; return its exit status."""
+    utils.tune_cpu()
+    args = utils.parse_arguments(__doc__, DEFAULTS, argv)
+    try:
+        psf = (
+            read_psf(args.kernel)
+            if args.kernel
+            else gaussian_psf(args.kernel_size, args.kernel_sigma)
+        )
+    except utils.InputError as error:
+        return utils.fail(error)
+    learner = Self2Self(
+        drop_rate=args.drop_rate,
+        lr=args.lr,
+        optimizer=args.optimizer,
+        bs=args.bs,
+        seed=args.seed,
+        device=args.device,
+    )
+    named = ("kernel_size", "kernel_sigma", "sigma", "drop_rate")
+    run = utils.Run(args, DEFAULTS, named)
+    blur = CircularBlur(psf)
+    return run.restore(lambda record: restore(record, blur, learner, args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

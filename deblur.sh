@@ -1,0 +1,19 @@
+#!/bin/sh
+# Deblur; a flag given after the script's name wins over the one here.
+exec python "$(dirname "$0")/deblur.py" \
+    --path camera \
+    --sigma 10 \
+    --drop_rate 0.3 \
+    --kernel_size 15 \
+    --kernel_sigma 1.0 \
+    --iteration 150000 \
+    --lr 1e-4 \
+    --bs 1 \
+    --optimizer adam \
+    --seed 0 \
+    --test_frequency 1000 \
+    --num_prediction 100 \
+    --model_type deblur \
+    --log_path ./logs/deblur/log.txt \
+    --device auto \
+    "$@"

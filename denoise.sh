@@ -1,0 +1,17 @@
+#!/bin/sh
+# Denoise; a flag given after the script's name wins over the one here.
+exec python "$(dirname "$0")/denoise.py" \
+    --path camera \
+    --sigma 25 \
+    --drop_rate 0.3 \
+    --iteration 150000 \
+    --lr 1e-4 \
+    --bs 1 \
+    --optimizer adam \
+    --seed 0 \
+    --test_frequency 1000 \
+    --num_prediction 100 \
+    --model_type denoise \
+    --log_path ./logs/denoise/log.txt \
+    --device auto \
+    "$@"

@@ -1,0 +1,781 @@
+"""What both scripts need around the method: options, images in and out, noise, metrics, log and plots."""
+
+import argparse
+import csv
+import ctypes
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+# Both are read when a library is imported, below. PyTorch's threads must not spin while
+# they wait: beside one other busy program a step takes twenty times as long if they do.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Refuse a tiny file that claims a gigantic image.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))
+
+import cv2
+import numpy as np
+import scipy.io
+import skimage.data
+import torch
+from matplotlib.figure import Figure
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from tqdm import tqdm
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+SMALLEST_SIDE = 32  # pixels: five poolings
+LOSS_EVERY = 100  # steps between two readings of the loss for the progress bar
+
+
+class InputError(Exception):
+    """Something that the user gave cannot be used; the text names it and the cure."""
+
+
+class TrainingError(Exception):
+    """The training of an image cannot go on."""
+
+
+# --- options -------------------------------------------------------------------------
+
+
+def number(kind, low, text, high=math.inf, include_low=True):
+    """Make an argparse type: a finite number of `kind` from low up to, not including, high."""
+
+    def convert(value):
+        try:
+            x = kind(value)
+        except ValueError:
+            x = math.nan
+        if not (low <= x < high and (include_low or x != low)):
+            raise argparse.ArgumentTypeError(f"{value!r} is not {text}")
+        return x
+
+    return convert
+
+
+positive_int = number(int, 1, "a whole number from 1")
+natural = number(int, 0, "a whole number from 0")
+positive = number(float, 0, "a number above 0", include_low=False)
+non_negative = number(float, 0, "a number from 0")
+rate = number(float, 0, "a rate in [0, 1)", high=1)
+
+
+class Option(NamedTuple):
+    """A command line option of either script; its default value stands in the script."""
+
+    type: object
+    help: str
+    choices: tuple | None = None
+    # What a value that is not the default adds to the results folder's name; None: the
+    # option leaves the result as it is, or its value is always named.
+    label: object = None
+
+
+def file_label(path):
+    """Name a file by its stem and contents."""
+    return (
+        f"{Path(path).stem}-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}"
+    )
+
+
+OPTIONS = {
+    "path": Option(str, "image file, folder, or name of an image of scikit-image"),
+    "sigma": Option(non_negative, "noise added: standard deviation, 0-255 scale"),
+    "drop_rate": Option(rate, "p of the Bernoulli mask and of the decoder's dropout"),
+    "kernel_size": Option(positive_int, "side of the Gaussian PSF, pixels"),
+    "kernel_sigma": Option(positive, "standard deviation of the Gaussian PSF, pixels"),
+    "kernel": Option(
+        str, "file of any other PSF: .mat, .npy or an image", label=file_label
+    ),
+    "iteration": Option(positive_int, "training steps"),
+    "lr": Option(positive, "learning rate", label="lr{}".format),
+    "optimizer": Option(str, "optimiser", ("adam", "adamw"), "{}".format),
+    "bs": Option(
+        positive_int,
+        "Bernoulli samples of the observation per step",
+        label="bs{}".format,
+    ),
+    "test_frequency": Option(positive_int, "steps between ensemble predictions"),
+    "num_prediction": Option(
+        positive_int, "predictions averaged", label="num_prediction{}".format
+    ),
+    "seed": Option(
+        natural, "seed of noise, weights, masks and dropout", label="seed{}".format
+    ),
+    "crop": Option(
+        natural,
+        "side of a centre crop, pixels; 0: the whole image",
+        label="crop{}".format,
+    ),
+    "observed": Option(
+        bool, "the image IS the observation: simulate nothing", label="observed".format
+    ),
+    "reference": Option(str, "clean image to score an --observed one against"),
+    "device": Option(str, "auto, cpu, cuda, cuda:N or mps"),
+    "model_type": Option(str, "name of the results folder"),
+    "log_path": Option(str, "log file; its CSV and curves stand beside it"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser that reports an error in one line."""
+
+    def error(self, message):
+        """Print the message on stderr and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_arguments(description, defaults, argv=None):
+    """Read the command line.
+
+    Args:
+        description: what the script does.
+        defaults: option name -> default value; the names are keys of OPTIONS.
+        argv: arguments, those of the process where it is None.
+
+    Returns:
+        The options' values, `device` as a torch.device. Errors exit with status 2.
+    """
+    parser = Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, default in defaults.items():
+        option = OPTIONS[name]
+        if option.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": option.type, "choices": option.choices}
+        parser.add_argument(f"--{name}", default=default, help=option.help, **kind)
+    args = parser.parse_args(argv)
+    try:
+        args.device = choose_device(args.device)
+        if args.reference and not args.observed:
+            raise InputError("--reference goes with --observed")
+    except InputError as error:
+        parser.error(error)
+    return args
+
+
+def choose_device(name):
+    """Turn auto, cpu, cuda, cuda:N or mps into a torch.device that is there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise InputError(f"unknown device {name!r}: auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"no device {name!r} on this machine; --device auto finds one")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("no device 'mps' on this machine; --device auto finds one")
+    return device
+
+
+# --- images in and out ---------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    """An image file's pixels, and what it takes to write their like."""
+
+    name: str  # unique in its folder, so with its suffix
+    folder: str  # name of the folder it lies in; "skimage" for a bundled image
+    image: np.ndarray  # (C, H, W) float32, [0, 1], C = 1 or 3 (R, G, B)
+    alpha: np.ndarray | None  # (H, W) in the file's own type and scale
+    dtype: np.dtype  # uint8, uint16, float32 or float64
+    suffix: str
+
+    def save(self, path, image):
+        """Write an image (C, H, W), [0, 1], in this picture's depth, with its alpha.
+
+        The path's suffix says the format; a PNG of a float picture has 16 bits.
+        """
+        dtype = self.dtype
+        if dtype.kind == "f" and Path(path).suffix == ".png":
+            dtype = np.dtype(np.uint16)
+        pixels = quantise(image, dtype).transpose(1, 2, 0)[..., ::-1]  # OpenCV has BGR
+        if self.alpha is not None:
+            alpha = self.alpha / peak(self.alpha.dtype)
+            color = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+            pixels = np.dstack([color, quantise(alpha, dtype)])
+        write_atomically(path, encode(Path(path).suffix, pixels))
+
+
+def peak(dtype):
+    """Return the value that stands for 1 in a type."""
+    return np.iinfo(dtype).max if np.dtype(dtype).kind == "u" else 1
+
+
+def quantise(image, dtype):
+    """Clip to [0, 1], scale to a type's peak and round."""
+    scaled = np.clip(np.asarray(image, np.float64), 0, 1) * peak(dtype)
+    return (np.rint(scaled) if np.dtype(dtype).kind == "u" else scaled).astype(dtype)
+
+
+def encode(suffix, pixels):
+    """Encode pixels (H, W, channels in OpenCV's order) in the format of a suffix."""
+    best = [cv2.IMWRITE_JPEG_QUALITY, 100] if suffix in (".jpg", ".jpeg") else []
+    return cv2.imencode(suffix, np.ascontiguousarray(pixels), best)[1].tobytes()
+
+
+def write_atomically(path, data):
+    """Write bytes so that the file is the old one or the new one, whole, at any moment."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def silent_decoder():
+    """Keep the image libraries' own messages, which C code prints, off stderr."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def decode(path):
+    """Read a PNG, JPEG or TIFF file's pixels as OpenCV has them: (H, W) or BGR(A)."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    pixels = None
+    if data.size:
+        # A camera's JPEG may be stored turned; other formats keep alpha and palette.
+        jpeg = data[:2].tobytes() == b"\xff\xd8"
+        turned = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
+        with silent_decoder():
+            try:
+                pixels = cv2.imdecode(data, turned if jpeg else cv2.IMREAD_UNCHANGED)
+            except cv2.error:
+                pixels = None
+    if pixels is None:
+        what = (
+            "is damaged, or not a PNG, JPEG or TIFF image" if data.size else "is empty"
+        )
+        raise InputError(f"{path} {what}")
+    return pixels
+
+
+def read_picture(path, crop=0, folder=None):
+    """Read an image file.
+
+    Args:
+        path: a PNG, JPEG or TIFF file: gray or colour, 8 or 16 bits or float in [0, 1].
+        crop: side of the centre crop, pixels; 0 = whole.
+        folder: the folder's name in the results, where it is not the file's own.
+
+    Raises:
+        InputError: it cannot be restored; the text says why.
+    """
+    path = Path(path)
+    pixels = decode(path)
+    if pixels.dtype not in (np.uint8, np.uint16, np.float32, np.float64):
+        raise InputError(f"{path}: {pixels.dtype} pixels; convert it to 8 or 16 bits")
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    height, width, channels = pixels.shape
+    if crop:
+        top, left = max(0, height - crop) // 2, max(0, width - crop) // 2
+        pixels = pixels[top : top + crop, left : left + crop]
+    height, width, channels = pixels.shape
+    if channels not in (1, 3, 4):
+        raise InputError(f"{path}: {channels} channels; gray or colour is needed")
+    if min(height, width) < SMALLEST_SIDE:
+        raise InputError(
+            f"{path}: {width}x{height} pixels; a side needs {SMALLEST_SIDE} or more"
+        )
+    color, alpha = pixels[..., :3], pixels[..., 3] if channels == 4 else None
+    image = color[..., ::-1].transpose(2, 0, 1) / peak(pixels.dtype)
+    if not np.isfinite(image).all():
+        raise InputError(f"{path}: it holds NaN or infinite pixels")
+    if abs(image).max() > 2:
+        raise InputError(
+            f"{path}: float pixels up to {abs(image).max():g}; scale them to [0, 1]"
+        )
+    bundled = folder is not None
+    return Picture(
+        path.stem if bundled else path.name,
+        folder if bundled else path.resolve().parent.name or "root",
+        np.ascontiguousarray(image, np.float32),
+        alpha,
+        pixels.dtype,
+        path.suffix.lower(),
+    )
+
+
+def find_images(path):
+    """List the image files that --path means.
+
+    Returns:
+        A list of (file, name of its folder in the results, or None for its own).
+
+    Raises:
+        InputError: there are none.
+    """
+    given = Path(path)
+    if given.is_dir():
+        files = sorted(f for f in given.iterdir() if not f.name.startswith("."))
+        images = [f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()]
+        for file in sorted(set(files) - set(images)):
+            print(f"{file}: skipped, no PNG, JPEG or TIFF image")
+        if not images:
+            raise InputError(f"{path}: no PNG, JPEG or TIFF image in this folder")
+        return [(file, None) for file in images]
+    if given.exists():
+        if given.suffix.lower() not in SUFFIXES:
+            raise InputError(f"{path}: not a PNG, JPEG or TIFF file by its name")
+        return [(given, None)]
+    bundled = {
+        f.stem: f
+        for f in Path(skimage.data.data_dir).iterdir()
+        if f.suffix.lower() in SUFFIXES
+    }
+    if path in bundled:
+        return [(bundled[path], "skimage")]
+    raise InputError(
+        f"{path or repr(path)}: no such file or folder, nor an image of scikit-image "
+        f"({', '.join(sorted(bundled))})"
+    )
+
+
+# --- observation and metrics ---------------------------------------------------------
+
+
+def gaussian_noise(shape, sigma, seed):
+    """White Gaussian noise, float32 on the [0, 1] scale, from the seed and shape alone.
+
+    Args:
+        shape: (C, H, W).
+        sigma: standard deviation on the 0-255 scale.
+        seed: natural number.
+    """
+    draws = np.random.default_rng(seed).standard_normal(shape)
+    return (draws * (sigma / 255)).astype(np.float32)
+
+
+def score(image, clean):
+    """PSNR in dB (peak 1) and SSIM (Wang et al. 2004) of the clipped image (C, H, W)."""
+    image = np.clip(image, 0, 1).astype(np.float64)
+    clean = clean.astype(np.float64)
+    with np.errstate(divide="ignore"):
+        psnr = peak_signal_noise_ratio(clean, image, data_range=1)
+    ssim = structural_similarity(
+        clean,
+        image,
+        data_range=1,
+        channel_axis=0,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+    return float(psnr), float(ssim)
+
+
+def save_mat(path, **arrays):
+    """Write a MATLAB file without the time of day in its header, so that it repeats."""
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, arrays)
+    data = buffer.getvalue()
+    write_atomically(path, b"MATLAB 5.0 MAT-file".ljust(116) + data[116:])
+
+
+# --- results and log -----------------------------------------------------------------
+
+OWN_FILES = (
+    *("noisy.png", "noise.mat", "blurred.png", "kernel.mat", "record.json"),
+    *("Self2Self-*.png", "restored.*", "comparison.png"),
+)
+
+
+class Record:
+    """One image of a run: its observation, its results folder, its rows of the log.
+
+    `image` is the picture (C, H, W) that stands at --path, `observation` what is learnt
+    from, `clean` what it is scored against, None where there is nothing.
+    """
+
+    def __init__(self, run, file, folder):
+        self.run, self.args = run, run.args
+        self.picture = read_picture(file, self.args.crop, folder)
+        self.image = self.picture.image
+        if self.args.reference:
+            self.clean = read_picture(self.args.reference, self.args.crop).image
+            if self.clean.shape != self.image.shape:
+                raise InputError(
+                    f"{self.args.reference}: {describe(self.clean)}, but {file} is "
+                    f"{describe(self.image)}"
+                )
+        else:
+            self.clean = None if self.args.observed else self.image
+        self.name = f"{self.picture.folder}/{self.picture.name}"
+        self.folder = Path("images", self.name, self.args.model_type, run.settings_name)
+        self.rows, self.seconds, self.restored = [], 0.0, None
+
+    def observe(self, observation, **parts):
+        """Take the observation, and write it with what it was made of.
+
+        Args:
+            observation: y, (C, H, W), [0, 1] scale, not clipped.
+            parts: noise (C, H, W), blurred (C, H, W) and kernel (h, w), where known.
+        """
+        self.observation = observation
+        self.observed = None if self.clean is None else score(observation, self.clean)
+        self._clear()
+        self._write_record()
+        self.picture.save(self.folder / "noisy.png", observation)
+        if "blurred" in parts:
+            self.picture.save(self.folder / "blurred.png", parts["blurred"])
+        for key in parts.keys() & {"noise", "kernel"}:
+            array = parts[key]
+            if key == "noise":
+                array = array.transpose(1, 2, 0).squeeze()
+            save_mat(self.folder / f"{key}.mat", **{key: array})
+        self.run.begin(self)
+
+    def steps(self, learner):
+        """Count the training steps from 1, with a progress bar; then write the results.
+
+        Args:
+            learner: the network.Self2Self that the loop trains.
+        """
+        started = time.perf_counter()
+        first = LOSS_EVERY if self.args.device.type == "cuda" else 10
+        bar = tqdm(total=self.args.iteration, desc=self.name, unit="step")
+        with bar:
+            for step in range(1, self.args.iteration + 1):
+                yield step
+                bar.update()
+                self.seconds = time.perf_counter() - started
+                if step == 1:
+                    warm = time.perf_counter()
+                elif step == first:
+                    learner.mean_loss(reset=False)  # waits for the device
+                    self._announce((time.perf_counter() - warm) / (first - 1))
+                if step % LOSS_EVERY == 0 and not self.is_test(step):
+                    loss = learner.mean_loss(reset=False)
+                    psnr = f", {self.rows[-1][2]:.2f} dB" if self._scored() else ""
+                    bar.set_postfix_str(f"loss {loss:.5f}{psnr}")
+        self._finish()
+
+    def is_test(self, step):
+        """Tell whether the ensemble is to be predicted after this step."""
+        return step % self.args.test_frequency == 0 or step == self.args.iteration
+
+    def add(self, step, loss, restored):
+        """Log a test and save its picture.
+
+        Args:
+            step: training steps done.
+            loss: mean loss since the last test.
+            restored: the ensemble's mean, (C, H, W).
+        """
+        if not math.isfinite(loss):
+            raise TrainingError(f"{self.name}: the loss is {loss} at step {step}")
+        psnr, ssim = (None, None) if self.clean is None else score(restored, self.clean)
+        self.rows.append((step, loss, psnr, ssim, self.seconds))
+        self.restored = restored
+        self.picture.save(self.folder / f"Self2Self-{step}.png", restored)
+        self._write_record()
+        self.run.write_log()
+        tqdm.write(f"{self.name}: {row_text(self.rows[-1])}")
+
+    def heading(self):
+        """Name the image, its size and what its observation scores."""
+        text = f"{self.name}: {describe(self.image)}"
+        if self.observed:
+            text += f", observation {self.observed[0]:.3f} dB, {self.observed[1]:.4f}"
+        return text
+
+    def _scored(self):
+        return self.rows and self.rows[-1][2] is not None
+
+    def _announce(self, seconds_per_step):
+        """Say how long the image will take."""
+        total = seconds_per_step * self.args.iteration
+        tests = math.ceil(self.args.iteration / self.args.test_frequency)
+        total += tests * self.args.num_prediction * seconds_per_step / 3
+        tqdm.write(
+            f"{self.name}: {seconds_per_step:.3g} s a step, about {duration(total)} in all"
+        )
+        if total > 3600 and self.args.device.type == "cpu":
+            tqdm.write(
+                "That is long, on a CPU. Shorter: --iteration 2000, --crop 128, a rarer "
+                "--test_frequency, a smaller --num_prediction; or a GPU."
+            )
+
+    def _identity(self):
+        """Say what decides the results: the picture's pixels and the settings."""
+        pixels = hashlib.sha256(self.image.tobytes()).hexdigest()
+        return {"image": f"{self.name} {pixels}", "settings": self.run.identity}
+
+    def _clear(self):
+        """Make room: remove earlier results of the same, set others aside."""
+        try:
+            earlier = json.loads((self.folder / "record.json").read_text())
+        except (OSError, ValueError):
+            earlier = None
+        if earlier is not None:
+            if all(earlier.get(k) == v for k, v in self._identity().items()):
+                tqdm.write(f"{self.folder}: replacing the earlier results")
+            else:
+                set_aside(self.folder)  # results of another picture or other settings
+        for pattern in OWN_FILES:
+            for file in self.folder.glob(pattern):
+                file.unlink()
+
+    def _write_record(self):
+        """Write what is known of this image as JSON."""
+        record = {
+            **self._identity(),
+            "iteration": self.args.iteration,
+            "device": str(self.args.device),
+            "observation": self.observed,
+            "columns": COLUMNS[1:],
+            "rows": self.rows,
+        }
+        data = json.dumps(record, indent=1).encode()
+        write_atomically(self.folder / "record.json", data)
+
+    def _finish(self):
+        """Write the restored image, and the comparison."""
+        path = self.folder / f"restored{self.picture.suffix}"
+        self.picture.save(path, self.restored)
+        panels = [("observation", self.observation, self.observed)]
+        panels += [("restored", self.restored, self.rows[-1][2:4])]
+        if self.clean is not None:
+            panels += [("clean", self.clean, None)]
+        write_atomically(self.folder / "comparison.png", encode(".png", strip(panels)))
+        self.run.write_log(curves=True)
+        print(f"{path}")
+
+
+COLUMNS = ("image", "step", "loss", "psnr", "ssim", "seconds")
+
+
+class Run:
+    """All images of one call of a script.
+
+    Args:
+        args: the options' values.
+        defaults: the script's default values.
+        named: options whose values always stand in the results folder's name, in order.
+    """
+
+    def __init__(self, args, defaults, named):
+        self.args = args
+        deciding = [k for k in defaults if k in named or OPTIONS[k].label]
+        labels = {
+            k: OPTIONS[k].label(getattr(args, k))
+            for k in deciding
+            if k not in named and getattr(args, k) != defaults[k]
+        }
+        self.settings_name = "_".join(
+            [*(str(getattr(args, k)) for k in named), *labels.values()]
+        )
+        self.identity = {k: getattr(args, k) for k in deciding}
+        self.records, self.failed = [], []
+        self.log = Path(args.log_path)
+        stem = self.log.name.removesuffix(".txt")
+        self.csv, self.curves = (self.log.with_name(stem + e) for e in (".csv", ".png"))
+        self.started = False
+
+    def restore(self, restore):
+        """Restore every image of --path; return the process's exit status.
+
+        Args:
+            restore: called with the Record of one image.
+        """
+        try:
+            files = find_images(self.args.path)
+            if len(files) > 1 and self.args.reference:
+                raise InputError("--reference goes with one image, not with a folder")
+            check_writable("images")
+            check_writable(self.log.parent)
+        except InputError as error:
+            return fail(error)
+        for file, folder in files:
+            try:
+                restore(Record(self, file, folder))
+            except (InputError, TrainingError) as error:
+                fail(error)
+                self.failed.append(file)
+        if self.records:
+            print(self.summary())
+        return (1 if self.started else 2) if self.failed else 0
+
+    def begin(self, record):
+        """Log an image whose training starts now."""
+        if not self.started:
+            self.started = True
+            set_aside(self.log, self.csv, self.curves)
+        self.records.append(record)
+        self.write_log()
+        tqdm.write(record.heading())
+
+    def summary(self):
+        """Average the last scores over the images."""
+        last = [r.rows[-1][2:4] for r in self.records if r._scored()]
+        text = f"{len(self.records)} image{'s' * (len(self.records) != 1)}"
+        if last:
+            psnr, ssim = np.mean(last, 0)
+            text += f", average PSNR {psnr:.3f} dB, SSIM {ssim:.4f}"
+        return text
+
+    def write_log(self, curves=False):
+        """Write the log, its CSV and, where asked for, the curves."""
+        lines = [f"{k}: {v}" for k, v in vars(self.args).items()]
+        table = []
+        for record in self.records:
+            lines += ["", record.heading()]
+            lines += [row_text(row) for row in record.rows]
+            table += [(record.name, *row) for row in record.rows]
+        lines += ["", self.summary(), ""]
+        write_atomically(self.log, "\n".join(lines).encode())
+        text = io.StringIO()
+        csv.writer(text).writerows([COLUMNS, *table])
+        write_atomically(self.csv, text.getvalue().encode())
+        if curves:
+            write_atomically(self.curves, plot(self.records))
+
+
+def fail(error):
+    """Report on stderr what cannot be done; return the exit status 2."""
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    return 2
+
+
+def row_text(row):
+    """Write a test as a line of the log."""
+    step, loss, psnr, ssim, _ = row
+    text = f"step {step:7d}  loss {loss:.6f}"
+    return text if psnr is None else f"{text}  PSNR {psnr:.3f} dB  SSIM {ssim:.4f}"
+
+
+def describe(image):
+    """Say an image's size and kind."""
+    channels, height, width = image.shape
+    return f"{width}x{height} {'gray' if channels == 1 else 'colour'}"
+
+
+def duration(seconds):
+    """Write a time for a person."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def set_aside(*paths):
+    """Rename what stands at the paths to free names with one number, and say so."""
+
+    def numbered(path, n):
+        stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
+        return path.with_name(f"{stem}~{n}{suffix}")
+
+    there = [path for path in paths if path.exists()]
+    n = next(
+        n for n in itertools.count(1) if not any(numbered(p, n).exists() for p in there)
+    )
+    for path in there:
+        kept = numbered(path, n)
+        path.rename(kept)
+        tqdm.write(f"{path}: kept as {kept}")
+
+
+def check_writable(folder):
+    """Raise InputError where no file can be made in a folder that may yet have to be made."""
+    folder = Path(folder)
+    there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: cannot be written; make {there} a writable folder")
+
+
+def strip(panels):
+    """Draw labelled images side by side.
+
+    Args:
+        panels: (label, image (C, H, W), (PSNR, SSIM) or None) each.
+
+    Returns:
+        Pixels (H', W', 3), uint8, in OpenCV's order.
+    """
+    drawn = []
+    for label, image, scores in panels:
+        pixels = quantise(image, np.uint8).transpose(1, 2, 0)[..., ::-1]
+        pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+        zoom = math.ceil(256 / pixels.shape[1])  # room for the label
+        pixels = pixels.repeat(zoom, 0).repeat(zoom, 1)
+        pixels = cv2.copyMakeBorder(
+            pixels, 24, 4, 4, 4, cv2.BORDER_CONSTANT, value=[255] * 3
+        )
+        if scores and scores[0] is not None:
+            label += f" {scores[0]:.2f} dB"
+        cv2.putText(
+            pixels,
+            label,
+            (6, 17),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            0.5,
+            [0] * 3,
+            1,
+            cv2.LINE_AA,
+        )
+        drawn.append(pixels)
+    return np.hstack(drawn)
+
+
+def plot(records):
+    """Draw loss and PSNR over the steps, a line per image; return the PNG's bytes."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, column, title in zip(
+        figure.subplots(1, 2), (1, 2), ("loss", "PSNR (dB)")
+    ):
+        for record in records:
+            points = [(row[0], row[column]) for row in record.rows]
+            if points and points[0][1] is not None:
+                axes.plot(*zip(*points), marker=".", label=record.name)
+        axes.set(xlabel="step", ylabel=title)
+        axes.grid(alpha=0.3)
+        if 0 < len(axes.lines) <= 12:
+            axes.legend(fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def tune_cpu():
+    """Keep PyTorch fast on a CPU; called once, before any tensor work.
+
+    Denormal numbers, which a training network meets, are slow. So is handing every
+    large tensor's memory back to the system, to be mapped and cleared again.
+    """
+    torch.set_flush_denormal(True)
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # glibc alone has it
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
