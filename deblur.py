@@ -6,11 +6,13 @@ The PSF k is known (non-blind); the convolution is circular.
 import sys
 from pathlib import Path
 
+import utils  # before PyTorch, for which it sets the environment
+
+# isort: split
 import numpy as np
 import scipy.io
 import torch
 
-import utils
 from network import Self2Self
 
 DEFAULTS = {
@@ -67,8 +69,7 @@ def read_psf(path):
         elif suffix == ".npy":
             psf = np.load(path, allow_pickle=False)
         else:
-            psf = utils.decode(path)[..., :3]
-            psf = psf.mean(2) if psf.ndim == 3 else psf
+            psf = np.atleast_3d(utils.decode(path))[..., :3].mean(2)
         psf = np.asarray(psf, np.float64)
     except utils.InputError:
         raise

@@ -1,5 +1,7 @@
 """The Self2Self network: an encoder of partial convolutions, a decoder with dropout before every convolution."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -29,7 +31,7 @@ class Punet(nn.Module):
             (96 + channels, 64, 32, channels),
         ]  # dec5 .. dec1
         self.decoder = nn.ModuleList(
-            nn.ModuleList(nn.Conv2d(c, d, 3) for c, d in zip(stage, stage[1:]))
+            nn.ModuleList(nn.Conv2d(c, d, 3) for c, d in pairwise(stage))
             for stage in widths
         )
 

@@ -1,0 +1,289 @@
+"""Time a training step and the ensemble: a plain eager one against the one that the scripts use.
+
+Run by hand, on a quiet machine: python tests/benchmark.py [--device cuda] [--sizes 256]
+
+Both live in processes of their own, which take turns, so that neither's memory nor its
+settings touch the other's. Both have PyTorch's default precision (TF32 convolutions
+where CUDA has them).
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import utils  # before PyTorch, for which it sets the environment
+
+# isort: split
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from network import Self2Self
+
+DROP_RATE = 0.3
+STEPS = 150_000  # of the paper recipe
+
+
+class PlainPConv2d(nn.Module):
+    """Partial convolution as earlier ports have it: a full convolution for the mask."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, bias=False)
+        self.bias = nn.Parameter(torch.zeros(1, out_channels, 1, 1))
+        self.register_buffer("ones", torch.ones(out_channels, in_channels, 3, 3))
+
+    def forward(self, x, mask):
+        x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        mask = F.pad(mask, (1, 1, 1, 1), value=1.0)
+        with torch.no_grad():
+            kept = F.conv2d(mask, self.ones)
+            updated = kept.clamp(0, 1)
+            ratio = 9 / (kept + 1e-8) * updated
+        return self.conv(x * mask) * ratio + self.bias, updated
+
+
+class PlainPunet(nn.Module):
+    """The network in plain, eager layers."""
+
+    def __init__(self, channels):
+        super().__init__()
+        inputs = [channels, 48, 48, 48, 48, 48, 48]
+        self.encoder = nn.ModuleList(PlainPConv2d(c, 48) for c in inputs)
+        inputs = [96, 96, 144, 96, 144, 96, 144, 96, 96 + channels, 64, 32]
+        outputs = [96] * 8 + [64, 32, channels]
+        self.decoder = nn.ModuleList(map(nn.Conv2d, inputs, outputs, [3] * 11))
+
+    def forward(self, x, mask):
+        skips = [x]
+        for i, layer in enumerate(self.encoder):
+            x, mask = layer(x, mask)
+            x = F.leaky_relu(x, 0.1)
+            if 1 <= i <= 5:
+                x = F.max_pool2d(x, 2, ceil_mode=True)
+                mask = F.max_pool2d(mask, 2, ceil_mode=True)
+                skips.append(x)
+        skips.pop()
+        for i, conv in enumerate(self.decoder):
+            if i % 2 == 0 and skips:
+                skip = skips.pop()
+                x = F.interpolate(x, scale_factor=2)
+                x = torch.cat([x[..., : skip.shape[2], : skip.shape[3]], skip], 1)
+            x = F.dropout(x, DROP_RATE)
+            x = conv(F.pad(x, (1, 1, 1, 1), mode="replicate"))
+            x = F.leaky_relu(x, 0.1) if i < 10 else torch.sigmoid(x)
+        return x
+
+
+class Plain:
+    """A learner with the plain network, unfused Adam and the loss read at every step."""
+
+    def __init__(self, device, channels, size):
+        self.y = torch.rand(1, channels, size, size, device=device)
+        self.network = PlainPunet(channels).to(device)
+        self.adam = torch.optim.Adam(self.network.parameters(), 1e-4, foreach=False)
+
+    def sample(self):
+        """Predict from one Bernoulli sample, flipped at random."""
+        mask = torch.bernoulli(torch.full_like(self.y, 1 - DROP_RATE))
+        dims = [d for d in (2, 3) if torch.rand(()) < 0.5]
+        y, seen = self.y.flip(dims), mask.flip(dims)
+        return self.network(y * seen, seen).flip(dims), mask
+
+    def train_step(self):
+        prediction, mask = self.sample()
+        loss = ((1 - mask) * (prediction - self.y) ** 2).sum() / (1 - mask).sum()
+        self.adam.zero_grad()
+        loss.backward()
+        self.adam.step()
+        return loss.item()
+
+    def predict(self, num_prediction):
+        with torch.no_grad():
+            total = sum(self.sample()[0] for _ in range(num_prediction))
+        return (total / num_prediction).cpu().numpy()
+
+
+def identity(x):
+    return x
+
+
+def our_learner(device, channels, size):
+    """The learner as the scripts use it."""
+    utils.tune_cpu()
+    learner = Self2Self(
+        drop_rate=DROP_RATE, lr=1e-4, optimizer="adam", bs=1, seed=0, device=device
+    )
+    learner.begin(torch.rand(channels, size, size).numpy(), identity)
+    return learner
+
+
+def work(kind, device, channels, size):
+    """Answer each line of standard input ("step 3", "predict 4", "peak") with a number."""
+    device = torch.device(device)
+    make = Plain if kind == "plain" else our_learner
+
+    def seconds(action, *arguments):
+        started = time.perf_counter()
+        action(*arguments)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def start():
+        nonlocal learner
+        learner = make(device, channels, size)
+        learner.train_step()
+
+    def steps(count):
+        for _ in range(count):
+            learner.train_step()
+
+    learner = None
+    print(seconds(start), flush=True)
+    for line in sys.stdin:
+        command, count = line.split()[0], int(line.split()[1])
+        if command == "step":
+            answer = seconds(steps, count)
+        elif command == "predict":
+            answer = seconds(learner.predict, count)
+        elif command == "peak" and device.type == "cuda":
+            answer = torch.cuda.max_memory_reserved() / 2**20
+        elif command == "peak":
+            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(answer, flush=True)
+
+
+class Worker:
+    """A process that holds one learner."""
+
+    def __init__(self, *arguments):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--work", *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.startup = float(self.process.stdout.readline())
+
+    def ask(self, command, count):
+        """Return a command's answer; seconds are those of one step or prediction."""
+        print(command, count, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline()) / (count or 1)
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def step_flops(channels, size):
+    """Floating-point operations of a step's convolutions: forward, and twice backward."""
+    counted = []
+
+    def count(layer, _, output):
+        _, inputs, *kernel = layer.weight.shape
+        counted.append(output.numel() * inputs * kernel[0] * kernel[1])
+
+    network = PlainPunet(channels)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        network(
+            torch.ones(1, channels, size, size), torch.ones(1, channels, size, size)
+        )
+    return 2 * 3 * sum(counted)
+
+
+def convolution_flops(device):
+    """Floating-point operations per second of a large convolution, as fast as it goes."""
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    x = torch.rand(1, 128, 512, 512, device=device).contiguous(memory_format=layout)
+    weight = torch.rand(128, 128, 3, 3, device=device).contiguous(memory_format=layout)
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(10):
+            started = time.perf_counter()
+            for _ in range(20 if device.type == "cuda" else 1):
+                F.conv2d(x, weight, padding=1)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - started)
+    operations = 2 * 128 * 128 * 9 * 512 * 512 * (20 if device.type == "cuda" else 1)
+    return operations / best
+
+
+def compare(device, channels, size, rounds):
+    """Time both learners in turns; return the table's cells."""
+    count = 50 if device.type == "cuda" else 1
+    predictions = 100 if device.type == "cuda" else 2
+    workers = [Worker(kind, device, channels, size) for kind in ("plain", "ours")]
+    for worker in workers:
+        worker.ask("step", 2 * count)
+        worker.ask("predict", predictions)
+    times = [[worker.ask("step", count) for worker in workers] for _ in range(rounds)]
+    tests = [
+        [w.ask("predict", predictions) for w in workers] for _ in range(rounds // 3)
+    ]
+    peaks = [worker.ask("peak", 0) for worker in workers]
+    for worker in workers:
+        worker.stop()
+    plain, ours = (statistics.median(t) for t in zip(*times))
+    plain_test, our_test = (statistics.median(t) for t in zip(*tests))
+    speed = step_flops(channels, size) / ours
+    return {
+        "size": f"{size}x{size}x{channels}",
+        "plain ms": f"{1e3 * plain:.2f}",
+        "ours ms": f"{1e3 * ours:.2f}",
+        "ratio": f"{plain / ours:.2f}",
+        "plain MiB": f"{peaks[0]:.0f}",
+        "ours MiB": f"{peaks[1]:.0f}",
+        "plain pred/s": f"{1 / plain_test:.1f}",
+        "ours pred/s": f"{1 / our_test:.1f}",
+        "pred ratio": f"{plain_test / our_test:.2f}",
+        "150k steps": utils.duration(STEPS * ours),
+        "GFLOP/s": f"{speed / 1e9:.0f}",
+        "of a conv": f"{speed / convolution_flops(device):.0%}",
+        "start s": f"{workers[1].startup:.1f}",
+    }
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256])
+    parser.add_argument("--channels", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        kind, device, channels, size = args.work
+        work(kind, device, int(channels), int(size))
+        return
+    device = utils.choose_device(args.device)
+    cuda = device.type == "cuda"
+    name = (
+        torch.cuda.get_device_name()
+        if cuda
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    print(f"{name}, torch {torch.__version__}")
+    for row, (size, channels) in enumerate(
+        (size, channels) for size in args.sizes for channels in args.channels
+    ):
+        cells = compare(device, channels, size, args.rounds)
+        if row == 0:
+            print("| " + " | ".join(cells) + " |")
+            print("|---" * len(cells) + "|")
+        print("| " + " | ".join(cells.values()) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""The two scripts, from the command line to the files they leave."""
+
+import csv
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import scipy.io
+
+import deblur
+import denoise
+import utils
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"denoise": denoise, "deblur": deblur}
+RNG = np.random.default_rng(0)
+QUICK = "--iteration 4 --test_frequency 2 --num_prediction 2 --device cpu"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Run every test in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path, channels=1, side=32, dtype=np.uint8):
+    """Write a random image."""
+    shape = (side, side, channels) if channels > 1 else (side, side)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pixels = RNG.integers(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
+    cv2.imwrite(str(path), pixels)
+
+
+def run(task, flags):
+    """Run a script in this process; return its exit status."""
+    try:
+        return SCRIPTS[task].main(shlex.split(f"{QUICK} {flags}"))
+    except SystemExit as stop:
+        return stop.code
+
+
+def files(folder="."):
+    """List the files below a folder, with their bytes."""
+    found = sorted(f for f in Path(folder).rglob("*") if f.is_file())
+    return {str(f.relative_to(folder)): f.read_bytes() for f in found}
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_shell_and_python_defaults_agree(task):
+    text = (ROOT / f"{task}.sh").read_text().replace("\\\n", " ")
+    words = shlex.split(text, comments=True)
+    assert words[-1] == "$@"
+    flags = words[words.index("--path") : -1]
+    defaults = SCRIPTS[task].DEFAULTS
+    spelt = utils.parse_arguments("", defaults, flags)
+    assert vars(spelt) == vars(utils.parse_arguments("", defaults, []))
+    assert {f"--{name}" for name in defaults} >= set(flags[::2])
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_shell_script_from_another_folder(task, folder):
+    write("my pictures/a.png", channels=3)
+    done = subprocess.run(
+        ["sh", ROOT / f"{task}.sh", "--path", "my pictures/a.png", *QUICK.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    settings = {"denoise": "25.0_0.3", "deblur": "15_1.0_10.0_0.3"}[task]
+    results = folder / "images/my pictures/a.png" / task
+    made = {"Self2Self-2.png", "Self2Self-4.png", "noisy.png", "noise.mat"}
+    made |= {"restored.png", "comparison.png", "record.json"}
+    if task == "deblur":
+        made |= {"blurred.png", "kernel.mat"}
+    (results,) = results.iterdir()
+    assert results.name == f"{settings}_num_prediction2"
+    assert set(files(results)) == made
+    assert set(files(folder / "logs")) == {
+        f"{task}/log.{e}" for e in ("txt", "csv", "png")
+    }
+    table = (folder / f"logs/{task}/log.csv").read_text()
+    rows = list(csv.DictReader(table.splitlines()))
+    assert [row["step"] for row in rows] == ["2", "4"]
+    log = (folder / f"logs/{task}/log.txt").read_text()
+    assert f"PSNR {float(rows[-1]['psnr']):.3f} dB" in log
+    noise = scipy.io.loadmat(results / "noise.mat")["noise"]
+    assert noise.shape == (32, 32, 3)
+    sigma = {"denoise": 25, "deblur": 10}[task]
+    assert noise.std() * 255 == pytest.approx(sigma, rel=0.05)
+    restored = cv2.imread(str(results / "restored.png"), cv2.IMREAD_UNCHANGED)
+    assert restored.shape == (32, 32, 3)
+
+
+def test_names_of_results_folders():
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png --num_prediction 100") == 0
+    flags = "--optimizer adamw --seed 1 --lr 1e-3 --bs 2 --crop 32 --sigma 10"
+    assert run("denoise", f"--path in/a.png {flags}") == 0
+    assert {f.name for f in Path("images/in/a.png/denoise").iterdir()} == {
+        "25.0_0.3",
+        "10.0_0.3_crop32_lr0.001_adamw_bs2_seed1_num_prediction2",
+    }
+
+
+def test_bundled_image_and_model_type():
+    assert run("denoise", "--path coins --crop 32 --model_type x") == 0
+    assert list(Path("images/skimage/coins").iterdir()) == [
+        Path("images/skimage/coins/x")
+    ]
+
+
+def test_psf_file_names_the_folder():
+    write("a.png")
+    for number in (1, 2):
+        np.save("k.npy", np.eye(2, 3) + number)
+        assert run("deblur", "--path a.png --kernel k.npy") == 0
+    (folder,) = Path("images").glob("*/a.png/deblur")
+    names = {f.name for f in folder.iterdir()}
+    assert len(names) == 2
+    assert all(n.startswith("15_1.0_10.0_0.3_k-") for n in names)
+    saved = scipy.io.loadmat(next(folder.glob("*/kernel.mat")))["kernel"]
+    assert saved.shape == (2, 3)
+    assert saved.sum() == pytest.approx(1)
+
+
+def test_a_seed_repeats_byte_for_byte_whatever_the_test_frequency(folder, monkeypatch):
+    write("in/a.png", channels=3)
+    results = []
+    for name, frequency in (("one", "1"), ("two", "3"), ("three", "3")):
+        (folder / name).mkdir()
+        monkeypatch.chdir(folder / name)
+        flags = f"--path {folder}/in/a.png --test_frequency {frequency}"
+        assert run("deblur", flags) == 0
+        made = files("images")
+        results.append({k: v for k, v in made.items() if "record" not in k})  # seconds
+    assert results[1] == results[2]
+    last = next(k for k in results[0] if k.endswith("restored.png"))
+    assert results[0][last] == results[1][last]
+    assert any(k.endswith("Self2Self-1.png") for k in results[0])
+
+
+def test_noise_depends_on_seed_and_shape_alone():
+    write("in/a.png")
+    for flags in ("--drop_rate 0.3", "--drop_rate 0.6 --optimizer adamw", "--seed 1"):
+        assert run("denoise", f"--path in/a.png {flags}") == 0
+    made = sorted(Path("images").rglob("noise.mat"), key=lambda f: "seed1" in str(f))
+    first, same, other = (scipy.io.loadmat(f)["noise"] for f in made)
+    assert (first == same).all()
+    assert not (first == other).any()
+
+
+def test_sigma_zero_adds_nothing():
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png --sigma 0") == 0
+    (noisy,) = Path("images").rglob("noisy.png")
+    assert (cv2.imread(str(noisy)) == cv2.imread("in/a.png")).all()
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_observed_image_is_taken_as_it_is(task):
+    write("in/a.png")
+    write("in/clean.png")
+    assert run(task, "--path in/a.png --observed") == 0
+    log = Path(f"logs/{task}/log.txt").read_text()
+    assert "loss" in log
+    assert "PSNR" not in log
+    made = {Path(f).name for f in files("images")}
+    assert "noise.mat" not in made
+    assert "blurred.png" not in made
+    (noisy,) = Path("images").rglob("noisy.png")
+    assert (cv2.imread(str(noisy)) == cv2.imread("in/a.png")).all()
+    assert run(task, "--path in/a.png --observed --reference in/clean.png") == 0
+    assert "PSNR" in Path(f"logs/{task}/log.txt").read_text()
+
+
+def test_sixteen_bits_alpha_and_format_are_kept():
+    write("in/a.tif", channels=4, dtype=np.uint16)
+    write("in/a.png")
+    assert run("denoise", "--path in") == 0
+    (restored,) = Path("images").rglob("restored.tif")
+    pixels = cv2.imread(str(restored), cv2.IMREAD_UNCHANGED)
+    assert pixels.dtype == np.uint16
+    given = cv2.imread("in/a.tif", cv2.IMREAD_UNCHANGED)
+    assert (pixels[..., 3] == given[..., 3]).all()
+    assert (pixels[..., :3] % 257).any()
+    assert len(list(Path("images/in").iterdir())) == 2
+
+
+def test_folder_goes_on_past_a_bad_image(capsys):
+    write("in/a.png")
+    write("in/c.png")
+    Path("in/b.png").write_bytes(Path("in/a.png").read_bytes()[:300])
+    Path("in/notes.txt").write_text("no image")
+    assert run("denoise", "--path in") == 1
+    out, err = capsys.readouterr()
+    assert "notes.txt: skipped" in out
+    assert "in/b.png is damaged" in err
+    assert {f.name for f in Path("images/in").iterdir()} == {"a.png", "c.png"}
+    rows = list(csv.reader(Path("logs/denoise/log.csv").read_text().splitlines()))
+    assert len(rows) == 1 + 2 * 2
+    log = Path("logs/denoise/log.txt").read_text()
+    last = [float(row[3]) for row in rows[2::2]]
+    assert float(re.search(r"average PSNR ([\d.]+)", log)[1]) == pytest.approx(
+        np.mean(last), abs=1e-3
+    )
+
+
+def test_same_settings_replace_and_others_are_kept(capsys):
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png --test_frequency 1") == 0
+    (results,) = Path("images/in/a.png/denoise").iterdir()
+    (results / "mine.txt").write_text("a note of the user's")
+    assert run("denoise", "--path in/a.png") == 0
+    assert "replacing the earlier results" in capsys.readouterr().out
+    assert not (results / "Self2Self-1.png").exists()
+    assert (results / "mine.txt").exists()
+    assert Path("logs/denoise/log~1.txt").exists()
+    assert Path("logs/denoise/log~1.csv").exists()
+    before = files(results)
+    write("in/a.png")  # another picture of the same name
+    assert run("denoise", "--path in/a.png") == 0
+    assert files(results.with_name(results.name + "~1")) == before
+
+
+def test_record_states_the_settings():
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png --lr 0.002") == 0
+    (path,) = Path("images").rglob("record.json")
+    record = json.loads(path.read_text())
+    assert record["settings"]["lr"] == 0.002
+    assert [row[0] for row in record["rows"]] == [2, 4]
+
+
+def bad_inputs():
+    """Make one of every unusable input, and yield (task, flags, words of the error)."""
+    for flags, words in (
+        ("--path nowhere", "nowhere: no such file"),
+        ("--path empty", "no PNG, JPEG or TIFF image"),
+        ("--path text.txt", "not a PNG, JPEG or TIFF"),
+        ("--path text.png", "text.png is damaged"),
+        ("--path zero.png", "zero.png is empty"),
+        ("--path cut.png", "cut.png is damaged"),
+        ("--path cut.jpg", "cut.jpg is damaged"),
+        ("--path cut.tif", "cut.tif is damaged"),
+        ("--path nan.tif", "NaN"),
+        ("--path far.tif", "scale them to [0, 1]"),
+        ("--path small.png", "31x31 pixels; a side needs 32"),
+        ("--path good.png --crop 31", "31x31 pixels"),
+        ("--drop_rate 1", "--drop_rate: '1' is not a rate"),
+        ("--drop_rate -0.1", "rate"),
+        ("--sigma -1", "--sigma"),
+        ("--sigma nan", "--sigma"),
+        ("--lr nan", "--lr"),
+        ("--lr 0", "--lr"),
+        ("--iteration 0", "--iteration"),
+        ("--bs 0", "--bs"),
+        ("--num_prediction 0", "--num_prediction"),
+        ("--test_frequency 0", "--test_frequency"),
+        ("--crop 1.5", "--crop"),
+        ("--colour yes", "--colour"),
+        ("--optimizer sgd", "--optimizer"),
+        ("--device abacus", "unknown device 'abacus'"),
+        ("--device cuda:99", "no device 'cuda:99'"),
+        ("--path good.png --reference good.png", "--observed"),
+        ("--path good.png --observed --reference small.png", "small.png"),
+        ("--path good.png --observed --reference rgb.png", "colour"),
+        ("--path good.png --log_path text.txt/log.txt", "text.txt"),
+    ):
+        yield "denoise", flags, words
+    for flags, words in (
+        ("--kernel nowhere.mat", "nowhere.mat: no such file"),
+        ("--kernel zero.npy", "sum above 0"),
+        ("--kernel negative.npy", "sum above 0"),
+        ("--kernel cube.npy", "matrix"),
+        ("--kernel nan.npy", "finite"),
+        ("--kernel object.npy", "object.npy: no PSF can be read"),
+        ("--kernel text.mat", "text.mat: no PSF can be read"),
+        ("--kernel cut.png", "cut.png is damaged"),
+        ("--path good.png --kernel_size 33", "larger than the image of 32x32"),
+        ("--kernel_size 0", "--kernel_size"),
+        ("--kernel_sigma 0", "--kernel_sigma"),
+    ):
+        yield "deblur", flags, words
+
+
+@pytest.fixture
+def bad_files():
+    """Make the files that bad_inputs names."""
+    Path("empty").mkdir()
+    for name in ("text.txt", "text.png", "text.mat"):
+        Path(name).write_text("no image")
+    Path("zero.png").touch()
+    write("good.png")
+    write("rgb.png", channels=3)
+    write("small.png", side=31)
+    for suffix in (".png", ".jpg", ".tif"):
+        write("whole" + suffix)
+        data = Path("whole" + suffix).read_bytes()
+        Path("cut" + suffix).write_bytes(data[: len(data) // 2])
+    for name, value in (("nan", np.nan), ("far", 255)):
+        cv2.imwrite(f"{name}.tif", np.full((32, 32), value, np.float32))
+    np.save("zero.npy", np.zeros((3, 3)))
+    np.save("negative.npy", -np.eye(3))
+    np.save("cube.npy", np.ones((3, 3, 3)))
+    np.save("nan.npy", np.full((3, 3), np.nan))
+    np.save("object.npy", np.array([{}], dtype=object))
+
+
+def test_wrong_input_is_refused_in_one_line(bad_files, capfd):
+    before = files()
+    for task, flags, words in bad_inputs():
+        assert run(task, flags) == 2, flags
+        err = capfd.readouterr().err
+        assert words in err, flags
+        assert err.count("\n") == 1, flags
+    assert files() == before
+
+
+def test_training_learns():
+    flags = "--path coffee --crop 64 --sigma 50 --lr 1e-3 --iteration 150"
+    flags += " --test_frequency 150 --num_prediction 10"
+    assert run("denoise", flags) == 0
+    (path,) = Path("images").rglob("record.json")
+    record = json.loads(path.read_text())
+    assert record["rows"][-1][2] > record["observation"][0] + 4
