@@ -1,6 +1,4 @@
-"""Partial convolution (Liu et al., ECCV 2018) with a mask per channel, as the TensorFlow version of Self2Self has it."""
-
-import math
+"""Partial convolution (Liu et al., ECCV 2018), as the TensorFlow version of Self2Self has it."""
 
 import torch
 from torch import nn
@@ -8,18 +6,24 @@ from torch.nn import functional as F
 
 
 class PConv2d(nn.Conv2d):
-    """A convolution that sees only the entries its mask keeps, and says which windows held any.
+    """A convolution of the entries that a mask keeps; it says which windows held any.
 
     With S the sum of the mask over a window and over all input channels:
 
         output       = conv(x * mask) * k*k / (S + 1e-8) * clip(S, 0, 1) + bias
         updated mask = clip(S, 0, 1)
 
-    The numerator is k*k, not k*k*C: that is what the TensorFlow layer computes, so a full window of C channels is
-    scaled by 1/C. The bias is added everywhere, in empty windows too, and the output is not multiplied by the
-    updated mask, which kept earlier ports below the TensorFlow version's quality.
+    The numerator is k*k, not k*k*C: that is what the TensorFlow layer computes, so a
+    full window of C channels is scaled by 1/C. The bias is added everywhere, in empty
+    windows too, and the output is not multiplied by the updated mask, which kept
+    earlier ports below the TensorFlow version's quality.
 
-    Arguments are those of nn.Conv2d. Padding, where there is any, is with zeros, on features and on mask.
+    Arguments are those of nn.Conv2d, and one more. Padding, where there is any, is with
+    zeros, on features and on mask.
+
+    Args:
+        ratio: "window": the numerator k*k; "entries": k*k*C, so that a full window is
+            scaled by 1, which learns faster.
     """
 
     def __init__(
@@ -31,32 +35,34 @@ class PConv2d(nn.Conv2d):
         padding=0,
         dilation=1,
         bias=True,
+        ratio="window",
     ):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias
         )
-        self.register_buffer(
-            "window", torch.ones(1, 1, *self.kernel_size), persistent=False
-        )
+        window = torch.ones(1, 1, *self.kernel_size)
+        self.register_buffer("window", window, persistent=False)
+        self.numerator = window.numel() * (in_channels if ratio == "entries" else 1)
 
     def forward(self, x, mask):
         """Convolve the kept entries of a feature map.
 
         Args:
             x: features, (N, C, H, W).
-            mask: 1 = kept, 0 = dropped; (N, C, H, W), or (N, 1, H, W), which all C channels share.
+            mask: 1 = kept, 0 = dropped; (N, C, H, W), or (N, 1, H, W), which all C
+                channels share.
 
         Returns:
-            The output (N, out_channels, H', W') and the updated mask of the same shape: the same for every channel,
-            so a view of one.
+            The output (N, out_channels, H', W') and the updated mask of the same shape:
+            the same for every channel, so a view of one.
         """
-        # One box filter over the channels' sum stands for the full C-to-C convolution of the mask with ones.
+        # A box filter over the channels' sum is the C-to-C convolution with ones.
         kept = mask.sum(1, keepdim=True) * (self.in_channels // mask.shape[1])
         kept = F.conv2d(
             kept, self.window, None, self.stride, self.padding, self.dilation
         )  # S, (N, 1, H', W')
         updated = kept.clamp(0, 1)
-        ratio = math.prod(self.kernel_size) / (kept + 1e-8) * updated
+        ratio = self.numerator / (kept + 1e-8) * updated
         output = F.conv2d(
             x * mask, self.weight, None, self.stride, self.padding, self.dilation
         )

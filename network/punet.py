@@ -1,4 +1,4 @@
-"""The Self2Self network: an encoder of partial convolutions, a decoder with dropout before every convolution."""
+"""The Self2Self network: partial convolutions, then a decoder with dropout throughout."""
 
 from itertools import pairwise
 
@@ -10,20 +10,22 @@ from network.pconv import PConv2d
 
 
 class Punet(nn.Module):
-    """The masked, dropout encoder-decoder: 988,609 weights for one channel, 991,203 for three.
+    """The masked, dropout encoder-decoder.
 
-    Dropout is active whenever the network runs, in eval mode too: predictions that differ are the ensemble.
+    988,609 weights for one channel, 991,203 for three. Dropout is active whenever the
+    network runs, in eval mode too: predictions that differ are the ensemble.
 
     Args:
         channels: C, the image's channels.
         drop_rate: p of the decoder's dropout, in [0, 1).
+        ratio: the partial convolutions' numerator, "window" or "entries".
     """
 
-    def __init__(self, channels, drop_rate):
+    def __init__(self, channels, drop_rate, ratio="window"):
         super().__init__()
         self.drop_rate = drop_rate
         self.encoder = nn.ModuleList(
-            PConv2d(c, 48, 3) for c in (channels, *[48] * 6)
+            PConv2d(c, 48, 3, ratio=ratio) for c in (channels, *[48] * 6)
         )  # enc0 .. enc6
         widths = [
             (96, 96, 96),
@@ -41,15 +43,15 @@ class Punet(nn.Module):
         Args:
             x: the observation times the mask, (N, C, H, W); H and W at least 32.
             mask: 1 = kept, 0 = dropped, (N, C, H, W).
-            draw: the dropout's source, `draw(shape, drop_rate)` -> mask with 1 = kept; PyTorch's own random state
-                where it is None.
+            draw: the dropout's source, `draw(shape, drop_rate)` -> mask with 1 = kept;
+                PyTorch's own random state where it is None.
 
         Returns:
             The prediction, (N, C, H, W), in (0, 1).
         """
         skips = [x]
         for i, layer in enumerate(self.encoder):
-            # Feature maps are (N, 48, H/2^j, W/2^j), rounded up, with j = 0, 0, 1, 2, 3, 4, 5.
+            # (N, 48, H/2^j, W/2^j), rounded up, with j = 0, 0, 1, 2, 3, 4, 5
             x, mask = layer(
                 EdgePad.apply(None, x), F.pad(mask, (1, 1, 1, 1), value=1.0)
             )
@@ -79,7 +81,7 @@ class Punet(nn.Module):
         return x
 
     def _dropout_conv(self, conv, maps, draw):
-        """Dropout, edge padding and a convolution of the concatenated maps; dropout's scale is put on the weights."""
+        """Concatenate, drop out, pad, convolve; the weights carry dropout's scale."""
         n, _, height, width = maps[0].shape
         keep = (
             draw((n, conv.in_channels, height, width), self.drop_rate)
@@ -97,15 +99,18 @@ class Punet(nn.Module):
 
 
 class EdgePad(torch.autograd.Function):
-    """Concatenate feature maps, drop entries and pad by one pixel with edge values, in one pass over memory.
+    """Concatenate feature maps, drop entries and pad by one pixel with edge values.
 
-    Equals F.pad(torch.cat(maps, 1) * keep, (1, 1, 1, 1), mode="replicate"), whose backward pass is slow, and not
-    deterministic on CUDA.
+    Equals F.pad(torch.cat(maps, 1) * keep, (1, 1, 1, 1), mode="replicate"), in one pass
+    over memory; that padding's backward is slow, and not deterministic on CUDA.
     """
 
     @staticmethod
     def forward(ctx, keep, *maps):
-        """Pad maps (N, C1, H, W), (N, C2, H, W), ... with `keep` (N, C1 + C2 + ..., H, W) or None (keep all)."""
+        """Pad maps (N, C1, H, W), (N, C2, H, W), ...
+
+        `keep` is (N, C1 + C2 + ..., H, W), 1 = kept, or None, which keeps everything.
+        """
         n, _, height, width = maps[0].shape
         ctx.channels = [x.shape[1] for x in maps]
         padded = torch.empty(

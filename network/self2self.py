@@ -1,4 +1,4 @@
-"""Self2Self: learning one image from its own degraded observation (Quan, Chen, Pang, Ji, CVPR 2020)."""
+"""Self2Self (Quan, Chen, Pang, Ji, CVPR 2020): learning one image from its observation."""
 
 import copy
 import math
@@ -8,7 +8,7 @@ import torch
 
 from network.punet import Punet
 
-# Pixels in one forward pass of the ensemble: enough to fill a GPU, and what a CPU's cache likes best.
+# Pixels in one forward pass of the ensemble: they fill a GPU, and suit a CPU's cache.
 PREDICTION_PIXELS = {"cuda": 2**20, "cpu": 1, "mps": 2**18}
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -17,8 +17,9 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 class BernoulliMasks:
     """A seeded stream of Bernoulli masks on one device.
 
-    Four entries come from one 64-bit draw, 16 bits each, so a rate is exact to 2**-16. On the CPU the draws are
-    NumPy's: PyTorch's are serial there and three times slower, its bernoulli_ twenty times.
+    Four entries come from one 64-bit draw, 16 bits each, so a rate is exact to 2**-16.
+    On the CPU the draws are NumPy's: PyTorch's are serial there and three times slower,
+    its bernoulli_ twenty times.
 
     Args:
         device: where the masks are made.
@@ -56,7 +57,10 @@ class BernoulliMasks:
             self.bits.state = self.bits.state | {"state": {"state": words}}
 
     def __call__(self, shape, drop_rate):
-        """Return a mask of `shape`: 1 = kept, 0 = dropped with probability drop_rate (bool on CUDA, else float)."""
+        """Draw a mask: 1 = kept, 0 = dropped with probability drop_rate.
+
+        It is bool on CUDA, float elsewhere: a CPU multiplies by bool ten times slower.
+        """
         count = math.prod(shape)
         words = (count + 3) // 4
         if self.device.type == "cuda":
@@ -68,12 +72,15 @@ class BernoulliMasks:
             bits.view(torch.int16)[:count].view(shape)
             >= round(drop_rate * 2**16) - 2**15
         )
-        # The CPU multiplies by a bool ten times slower than by a float.
         return kept if self.device.type == "cuda" else kept.float().to(self.device)
 
 
 def flip(x, flips):
-    """Mirror each sample of x (N, C, H, W) left-right and up-down where flips (N, 2, 1, 1) says so; its own inverse."""
+    """Mirror samples of x (N, C, H, W) left-right and up-down; its own inverse.
+
+    Args:
+        flips: (N, 2, 1, 1); where the first is not 0, left-right, the second, up-down.
+    """
     x = torch.where(flips[:, :1] > 0, x.flip(-1), x)
     return torch.where(flips[:, 1:] > 0, x.flip(-2), x)
 
@@ -93,40 +100,55 @@ class Self2Self:
     """The learner of one image at a time.
 
     Args:
-        drop_rate: p of the Bernoulli mask and of the decoder's dropout, in [0, 1); 0: no sampling, every entry judged.
+        drop_rate: p of the Bernoulli mask and of the decoder's dropout, in [0, 1); 0:
+            no sampling, every entry is judged.
         lr: learning rate.
         optimizer: "adam" or "adamw".
         bs: Bernoulli samples of the observation per step.
         seed: of the weights, the masks and the dropout.
         device: where to compute.
+        anneal: the number of steps over which the learning rate falls to 0 as a half
+            cosine; None: it stays as it is.
+        average: decay per step of the running average of the weights, which then
+            predicts in their place; 0: none.
+        ratio: the partial convolutions' numerator, "window" or "entries".
     """
 
-    def __init__(self, *, drop_rate, lr, optimizer, bs, seed, device):
-        self.drop_rate, self.lr, self.optimizer_name, self.bs, self.seed = (
-            drop_rate,
-            lr,
-            optimizer,
-            bs,
-            seed,
-        )
+    def __init__(
+        self,
+        *,
+        drop_rate,
+        lr,
+        optimizer,
+        bs,
+        seed,
+        device,
+        anneal=None,
+        average=0.0,
+        ratio="window",
+    ):
+        self.drop_rate, self.bs, self.seed = drop_rate, bs, seed
+        self.lr, self.optimizer_name = lr, optimizer
+        self.anneal, self.average, self.ratio = anneal, average, ratio
         self.device = torch.device(device)
         self.y = None
 
     def begin(self, observation, forward_operator):
         """Start on an image with new weights.
 
-        On CUDA an image of the same shape, under the same operator, uses the step that was captured for the last one.
+        On CUDA an image of the same shape, under the same operator, uses the step that
+        was captured for the last one.
 
         Args:
             observation: y, (C, H, W), float, on the [0, 1] scale, not clipped.
-            forward_operator: A, of y = A(x) + n, from and to (N, C, H, W): the identity for denoising.
+            forward_operator: A, of y = A(x) + n, from and to (N, C, H, W): the identity
+                for denoising.
         """
         y = torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None]
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed)
-            network = Punet(
-                y.shape[1], self.drop_rate
-            )  # the same weights on every device
+            # the same weights on every device
+            network = Punet(y.shape[1], self.drop_rate, self.ratio)
         if (
             self.y is None
             or y.shape != self.y.shape
@@ -135,6 +157,8 @@ class Self2Self:
             self._build(y, forward_operator, network)
         self.y.copy_(y)
         self.network.load_state_dict(network.state_dict())
+        if self.average:
+            self.averaged.load_state_dict(network.state_dict())
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()
@@ -143,20 +167,21 @@ class Self2Self:
         self.loss_sum.zero_()
 
     def _build(self, y, forward_operator, network):
-        """Make everything that lasts as long as the image's shape: the tensors that a captured step works on."""
+        """Make what lasts as long as the shape: the tensors that a captured step uses."""
         on_cuda = self.device.type == "cuda"
         layout = torch.channels_last if on_cuda else torch.contiguous_format
         self.y, self.forward_operator = y.clone(), forward_operator
         self.network = copy.deepcopy(network).to(self.device, memory_format=layout)
         self.optimizer = OPTIMIZERS[self.optimizer_name](
             self.network.parameters(),
-            lr=torch.tensor(self.lr, device=self.device),
+            lr=torch.tensor(self.lr, device=self.device),  # a captured step reads it
             fused=True,
             capturable=on_cuda,
         )
         for weight in self.network.parameters():
             weight.grad = torch.zeros_like(weight)
-        self.optimizer.step()  # makes Adam's averages, so that from here on all state is only written in place
+        self.optimizer.step()  # makes Adam's averages: from here on all is in place
+        self.averaged = copy.deepcopy(self.network) if self.average else None
         self.loss_sum = torch.zeros((), device=self.device)
         self.masks = BernoulliMasks(self.device)
         self.graph = None
@@ -166,7 +191,10 @@ class Self2Self:
         adam = [
             value for state in self.optimizer.state.values() for value in state.values()
         ]
-        return [*self.network.parameters(), *adam, self.loss_sum]
+        weights = [*self.network.parameters()]
+        if self.average:
+            weights += self.averaged.parameters()
+        return [*weights, *adam, self.loss_sum]
 
     def state_dict(self):
         """All that the coming steps depend on, as tensors and numbers."""
@@ -179,7 +207,7 @@ class Self2Self:
         }
 
     def load_state_dict(self, state):
-        """Go on from a state of the same image, network and device type; written in place, under a captured step."""
+        """Go on from a state of the same image, settings and device type, in place."""
         with torch.no_grad():
             for tensor, saved in zip(self._tensors(), state["tensors"], strict=True):
                 tensor.copy_(saved)
@@ -188,6 +216,10 @@ class Self2Self:
 
     def train_step(self):
         """One optimiser step on `bs` Bernoulli samples of the observation."""
+        if self.anneal:
+            progress = min(1.0, self.step / self.anneal)
+            factor = (1 + math.cos(math.pi * progress)) / 2
+            self.optimizer.param_groups[0]["lr"].fill_(self.lr * factor)
         if self.device.type == "cuda":
             if self.graph is None:
                 self._capture()
@@ -200,48 +232,59 @@ class Self2Self:
     def predict(self, num_prediction):
         """Average the dropout ensemble (paper, equation 8).
 
-        The masks and the dropout come from the seed and the step alone: looking does not change the training.
+        The masks and the dropout come from the seed and the step alone: looking does
+        not change the training.
 
         Returns:
             The restoration, (C, H, W), float32 on the CPU, in (0, 1).
         """
+        network = self.averaged if self.average else self.network
         masks = BernoulliMasks(self.device, self.seed, self.step)
         size = max(1, PREDICTION_PIXELS[self.device.type] // self.y[0, 0].numel())
         total = torch.zeros_like(self.y[0])
         with torch.inference_mode():
             for start in range(0, num_prediction, size):
-                prediction, _ = self._sample(masks, min(size, num_prediction - start))
+                n = min(size, num_prediction - start)
+                prediction, _ = self._sample(network, masks, n)
                 total += prediction.sum(0)
         return (total / num_prediction).cpu().numpy()
 
     def mean_loss(self, reset=True):
-        """Mean loss of the steps since it was last reset. Reads the device: ask rarely."""
+        """Mean loss of the steps since the last reset. Reads the device: ask rarely."""
         mean = self.loss_sum.item() / max(1, self.loss_steps)
         if reset:
             self.loss_sum.zero_()
             self.loss_steps = 0
         return mean
 
-    def _sample(self, masks, n):
-        """Predict from n Bernoulli samples: the predictions f and their masks m, (n, C, H, W), in y's orientation."""
+    def _sample(self, network, masks, n):
+        """Predict from n Bernoulli samples of y.
+
+        Returns:
+            Predictions f and masks m, both (n, C, H, W), in y's orientation.
+        """
         y = self.y.expand(n, -1, -1, -1)
         flips = masks((n, 2, 1, 1), 0.5)
         mask = masks(y.shape, self.drop_rate).float()
         seen = flip(mask, flips)
-        prediction = self.network(flip(y, flips) * seen, seen, masks)
+        prediction = network(flip(y, flips) * seen, seen, masks)
         return flip(prediction, flips), mask
 
     def _train(self):
-        prediction, mask = self._sample(self.masks, self.bs)
+        prediction, mask = self._sample(self.network, self.masks, self.bs)
         judged = 1 - mask if self.drop_rate else torch.ones_like(mask)
         loss = dropped_loss(self.forward_operator(prediction), self.y, judged)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.loss_sum += loss.detach()
+        if self.average:
+            pairs = self.averaged.parameters(), self.network.parameters()
+            with torch.no_grad():
+                torch._foreach_lerp_(*map(list, pairs), 1 - self.average)
 
     def _capture(self):
-        """Capture the whole step in one CUDA graph, after a warm-up whose traces are wiped out."""
+        """Capture the whole step in one CUDA graph; the warm-up leaves no trace."""
         before = self.state_dict()
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -509,7 +509,7 @@ def test_prediction_is_the_mean_of_the_ensemble():
     learner = train(begun(random_image(1, 32, 33), seed=5), 2)
     masks = masks_of("cpu", 5, 2)
     with torch.no_grad():
-        samples = [learner._sample(masks, 1)[0][0] for _ in range(4)]
+        samples = [learner._sample(learner.network, masks, 1)[0][0] for _ in range(4)]
     assert not torch.equal(samples[0], samples[1])
     np.testing.assert_allclose(learner.predict(4), sum(samples) / 4, atol=1e-6)
 
