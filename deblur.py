@@ -27,6 +27,7 @@ DEFAULTS = {
     "kernel_sigma": 1.0,  # its standard deviation, pixels
     "kernel": None,  # file of any other PSF (.mat, .npy or an image), or None
     # How it learns
+    "recipe": "paper",  # paper or fast: utils.RECIPES says what they change
     "drop_rate": 0.3,  # p of the Bernoulli mask and of the dropout, in [0, 1)
     "iteration": 150000,  # training steps
     "lr": 1e-4,  # learning rate
@@ -153,6 +154,10 @@ def main(argv=None):
         bs=args.bs,
         seed=args.seed,
         device=args.device,
+        anneal=args.iteration if args.anneal else None,
+        average=args.average,
+        ratio=args.ratio,
+        start=args.start,
     )
     named = ("kernel_size", "kernel_sigma", "sigma", "drop_rate")
     run = utils.Run(args, DEFAULTS, named)

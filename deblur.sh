@@ -2,12 +2,11 @@
 # Deblur; a flag given after the script's name wins over the one here.
 exec python "$(dirname "$0")/deblur.py" \
     --path camera \
+    --recipe paper \
     --sigma 10 \
     --drop_rate 0.3 \
     --kernel_size 15 \
     --kernel_sigma 1.0 \
-    --iteration 150000 \
-    --lr 1e-4 \
     --bs 1 \
     --optimizer adam \
     --seed 0 \

@@ -13,6 +13,7 @@ DEFAULTS = {
     "observed": False,  # True: the image is noisy already, nothing is added
     "reference": None,  # clean image file to score an observed one against, or None
     # How it learns
+    "recipe": "paper",  # paper or fast: utils.RECIPES says what they change
     "drop_rate": 0.3,  # p of the Bernoulli mask and of the dropout, in [0, 1)
     "iteration": 150000,  # training steps
     "lr": 1e-4,  # learning rate
@@ -59,6 +60,10 @@ def main(argv=None):
         bs=args.bs,
         seed=args.seed,
         device=args.device,
+        anneal=args.iteration if args.anneal else None,
+        average=args.average,
+        ratio=args.ratio,
+        start=args.start,
     )
     run = utils.Run(args, DEFAULTS, named=("sigma", "drop_rate"))
     return run.restore(lambda record: restore(record, learner, args))

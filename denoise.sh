@@ -2,10 +2,9 @@
 # Denoise; a flag given after the script's name wins over the one here.
 exec python "$(dirname "$0")/denoise.py" \
     --path camera \
+    --recipe paper \
     --sigma 25 \
     --drop_rate 0.3 \
-    --iteration 150000 \
-    --lr 1e-4 \
     --bs 1 \
     --optimizer adam \
     --seed 0 \

@@ -91,13 +91,14 @@ def file_label(path):
 OPTIONS = {
     "path": Option(str, "image file, folder, or name of an image of scikit-image"),
     "sigma": Option(non_negative, "noise added: standard deviation, 0-255 scale"),
+    "recipe": Option(str, "how it learns: see RECIPES", ("paper", "fast"), "{}".format),
     "drop_rate": Option(rate, "p of the Bernoulli mask and of the decoder's dropout"),
     "kernel_size": Option(positive_int, "side of the Gaussian PSF, pixels"),
     "kernel_sigma": Option(positive, "standard deviation of the Gaussian PSF, pixels"),
     "kernel": Option(
         str, "file of any other PSF: .mat, .npy or an image", label=file_label
     ),
-    "iteration": Option(positive_int, "training steps"),
+    "iteration": Option(positive_int, "training steps", label="{}steps".format),
     "lr": Option(positive, "learning rate", label="lr{}".format),
     "optimizer": Option(str, "optimiser", ("adam", "adamw"), "{}".format),
     "bs": Option(
@@ -127,6 +128,25 @@ OPTIONS = {
 }
 
 
+# What a recipe decides, and an explicit flag overrides; the rest stands in the scripts.
+RECIPES = {
+    "paper": {
+        "anneal": False,  # raise the learning rate, then lower it to 0
+        "average": 0.0,  # decay of the weights' running average, which predicts; 0: none
+        "ratio": "window",  # partial convolution: full windows scaled by 1/C
+        "start": "default",  # PyTorch's initial weights
+    },
+    "fast": {
+        "iteration": 1000,
+        "lr": 1e-3,
+        "anneal": True,
+        "average": 0.99,
+        "ratio": "entries",  # full windows scaled by 1
+        "start": "mean",  # the last bias makes the observation's mean
+    },
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Argument parser that reports an error in one line."""
 
@@ -146,19 +166,18 @@ def parse_arguments(description, defaults, argv=None):
     Returns:
         The options' values, `device` as a torch.device. Errors exit with status 2.
     """
-    parser = Parser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=description, allow_abbrev=False)
     for name, default in defaults.items():
         option = OPTIONS[name]
         if option.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         else:
             kind = {"type": option.type, "choices": option.choices}
-        parser.add_argument(f"--{name}", default=default, help=option.help, **kind)
-    args = parser.parse_args(argv)
+        text = f"{option.help} (default: {default})"
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
+    explicit = vars(parser.parse_args(argv))
+    recipe = RECIPES[explicit.get("recipe", defaults["recipe"])]
+    args = argparse.Namespace(**(defaults | recipe | explicit))
     try:
         args.device = choose_device(args.device)
         if args.reference and not args.observed:
@@ -477,6 +496,12 @@ class Record:
                 elif step == first:
                     learner.mean_loss(reset=False)  # waits for the device
                     self._announce((time.perf_counter() - warm) / (first - 1))
+                if step % LOSS_EVERY == 0 and not learner.alive():
+                    raise TrainingError(
+                        f"{self.name}: the network died at about step {step} (constant "
+                        "or non-finite output); --lr below "
+                        f"{self.args.lr:g} or another --seed cures it"
+                    )
                 if step % LOSS_EVERY == 0 and not self.is_test(step):
                     loss = learner.mean_loss(reset=False)
                     psnr = f", {self.rows[-1][2]:.2f} dB" if self._scored() else ""
@@ -589,16 +614,19 @@ class Run:
 
     def __init__(self, args, defaults, named):
         self.args = args
-        deciding = [k for k in defaults if k in named or OPTIONS[k].label]
-        labels = {
-            k: OPTIONS[k].label(getattr(args, k))
+        values, usual = vars(args), defaults | RECIPES[args.recipe]
+        deciding = [k for k in OPTIONS if k in defaults and OPTIONS[k].label]
+        deciding.remove("iteration")
+        labels = [
+            OPTIONS[k].label(values[k])
             for k in deciding
-            if k not in named and getattr(args, k) != defaults[k]
-        }
-        self.settings_name = "_".join(
-            [*(str(getattr(args, k)) for k in named), *labels.values()]
-        )
-        self.identity = {k: getattr(args, k) for k in deciding}
+            if values[k] != (defaults if k == "recipe" else usual)[k]
+        ]
+        if args.anneal:  # another number of steps is another schedule
+            labels.append(OPTIONS["iteration"].label(args.iteration))
+            deciding.append("iteration")
+        self.settings_name = "_".join([*(str(values[k]) for k in named), *labels])
+        self.identity = {k: values[k] for k in (*named, *deciding)}
         self.records, self.failed = [], []
         self.log = Path(args.log_path)
         stem = self.log.name.removesuffix(".txt")

@@ -8,6 +8,11 @@ from torch.nn import functional as F
 
 from network.pconv import PConv2d
 
+try:
+    from network import fused  # the forward pass below in Triton kernels, for CUDA
+except ImportError:
+    fused = None
+
 
 class Punet(nn.Module):
     """The masked, dropout encoder-decoder.
@@ -49,6 +54,8 @@ class Punet(nn.Module):
         Returns:
             The prediction, (N, C, H, W), in (0, 1).
         """
+        if fused and x.is_cuda and fused.usable(x.device):
+            return fused.forward(self, x, mask, draw or self._draw)
         skips = [x]
         for i, layer in enumerate(self.encoder):
             # (N, 48, H/2^j, W/2^j), rounded up, with j = 0, 0, 1, 2, 3, 4, 5

@@ -63,16 +63,17 @@ class BernoulliMasks:
         """
         count = math.prod(shape)
         words = (count + 3) // 4
+        threshold = min(round(drop_rate * 2**16), 2**16 - 1) - 2**15
         if self.device.type == "cuda":
             bits = torch.empty(words, dtype=torch.int64, device=self.device)
             bits.random_(-(2**63), None, generator=self.generator)
-        else:
-            bits = torch.from_numpy(self.bits.random_raw(words).view(np.int64))
-        kept = (
-            bits.view(torch.int16)[:count].view(shape)
-            >= round(drop_rate * 2**16) - 2**15
-        )
-        return kept if self.device.type == "cuda" else kept.float().to(self.device)
+            kept = bits.view(torch.int16)[:count] >= threshold
+            # in channels_last order, as the maps that it will multiply
+            n, c, h, w = shape
+            return kept.view(n, h, w, c).permute(0, 3, 1, 2)
+        bits = torch.from_numpy(self.bits.random_raw(words).view(np.int64))
+        kept = bits.view(torch.int16)[:count] >= threshold
+        return kept.view(shape).float().to(self.device)
 
 
 def flip(x, flips):
@@ -107,8 +108,11 @@ class Self2Self:
         bs: Bernoulli samples of the observation per step.
         seed: of the weights, the masks and the dropout.
         device: where to compute.
-        anneal: the number of steps over which the learning rate falls to 0 as a half
-            cosine; None: it stays as it is.
+        anneal: the number of steps over which the learning rate rises, for the first
+            twentieth, and falls to 0 as a half cosine; None: it stays as it is.
+        start: "default": PyTorch's initial weights; "mean": with the last bias such
+            that the first predictions have the observation's mean, from which a large
+            learning rate does not run into the sigmoid's flat ends.
         average: decay per step of the running average of the weights, which then
             predicts in their place; 0: none.
         ratio: the partial convolutions' numerator, "window" or "entries".
@@ -126,10 +130,12 @@ class Self2Self:
         anneal=None,
         average=0.0,
         ratio="window",
+        start="default",
     ):
         self.drop_rate, self.bs, self.seed = drop_rate, bs, seed
         self.lr, self.optimizer_name = lr, optimizer
-        self.anneal, self.average, self.ratio = anneal, average, ratio
+        self.anneal, self.average = anneal, average
+        self.ratio, self.start = ratio, start
         self.device = torch.device(device)
         self.y = None
 
@@ -149,6 +155,10 @@ class Self2Self:
             torch.manual_seed(self.seed)
             # the same weights on every device
             network = Punet(y.shape[1], self.drop_rate, self.ratio)
+        if self.start == "mean":
+            mean = y.mean((0, 2, 3)).clamp(0.02, 0.98).cpu()
+            with torch.no_grad():
+                network.decoder[-1][-1].bias.copy_(torch.logit(mean))
         if (
             self.y is None
             or y.shape != self.y.shape
@@ -182,7 +192,7 @@ class Self2Self:
             weight.grad = torch.zeros_like(weight)
         self.optimizer.step()  # makes Adam's averages: from here on all is in place
         self.averaged = copy.deepcopy(self.network) if self.average else None
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_sum, self.spread = torch.zeros(2, device=self.device)
         self.masks = BernoulliMasks(self.device)
         self.graph = None
 
@@ -194,7 +204,7 @@ class Self2Self:
         weights = [*self.network.parameters()]
         if self.average:
             weights += self.averaged.parameters()
-        return [*weights, *adam, self.loss_sum]
+        return [*weights, *adam, self.loss_sum, self.spread]
 
     def state_dict(self):
         """All that the coming steps depend on, as tensors and numbers."""
@@ -219,6 +229,7 @@ class Self2Self:
         if self.anneal:
             progress = min(1.0, self.step / self.anneal)
             factor = (1 + math.cos(math.pi * progress)) / 2
+            factor *= min(1.0, 20 * (self.step + 1) / self.anneal)
             self.optimizer.param_groups[0]["lr"].fill_(self.lr * factor)
         if self.device.type == "cuda":
             if self.graph is None:
@@ -257,6 +268,19 @@ class Self2Self:
             self.loss_steps = 0
         return mean
 
+    def alive(self):
+        """Tell whether the network still learns; after a few dozen steps at least.
+
+        Dead are a loss that is not finite or twice an untrained network's, and a flat
+        prediction that errs by more than the noise. Neighbouring entries' differences
+        bound the noise, so that a flat image's flat prediction is alive.
+        """
+        loss, spread = self.mean_loss(reset=False), self.spread.item()
+        untrained = ((self.y - 0.5) ** 2).mean().item()
+        noise = (self.y.diff(dim=-1) ** 2).mean().item() / 2
+        flat = spread < 1e-3 and loss > 1.1 * noise
+        return math.isfinite(loss) and loss <= 2 * untrained and not flat
+
     def _sample(self, network, masks, n):
         """Predict from n Bernoulli samples of y.
 
@@ -278,6 +302,7 @@ class Self2Self:
         loss.backward()
         self.optimizer.step()
         self.loss_sum += loss.detach()
+        self.spread.copy_(prediction.detach().std((2, 3)).max())
         if self.average:
             pairs = self.averaged.parameters(), self.network.parameters()
             with torch.no_grad():

@@ -1,0 +1,394 @@
+"""Punet.forward on CUDA: all that lies between two convolutions in one Triton kernel.
+
+A feature map x is kept as a convolution left it, together with the bias and the ratio
+that are still to be applied, and activated by the kernel that reads it next:
+
+    leaky_relu(x * ratio + bias, 0.1)        (x itself where there is no bias)
+
+Maps (N, C, H, W) are channels_last, C a multiple of 4: x[n, c, h, w] lies at
+((n * H + h) * W + w) * C + c. Ratios are (N, 1, H, W). A program works on BLOCK_W pixels
+of a row and BLOCK_C channels. Nothing is added atomically: equal inputs, equal bits.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from network.pconv import PConv2d
+
+BLOCK_W, BLOCK_C = 64, 32
+
+# One compilation for all sizes; that channels are vectors of 4 is said by `// 4 * 4`.
+_jit = triton.jit(
+    do_not_specialize=[
+        *("height", "width", "up", "pool", "pixels", "weight", "numerator"),
+        *("channels", "x_c", "skip_c", "out_c", "first_c", "keep_c", "keep_s"),
+    ]
+)
+
+
+@triton.jit
+def _tile(height, width, channels, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's image, row, columns (BLOCK_W, 1), channels (1, BLOCK_C), tile."""
+    chunks, tiles = tl.cdiv(channels, BLOCK_C), tl.cdiv(width, BLOCK_W)
+    tile = tl.program_id(0) // chunks
+    row = (tile // tiles).to(tl.int64)
+    w = tile % tiles * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
+    c = tl.program_id(0) % chunks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return row // height, row % height, w, c, tile
+
+
+@triton.jit
+def _read(x, bias, ratio, start, w, c, channels, valid):
+    """x * ratio + bias in the columns w of the row whose first pixel is `start`."""
+    z = tl.load(x + start * channels + (w * channels + c), valid & (c < channels), 0.0)
+    if ratio is not None:
+        z *= tl.load(ratio + start + w, valid, 0.0)
+    if bias is not None:
+        z += tl.load(bias + c, c < channels, 0.0)
+    return z
+
+
+@_jit
+def _pad_forward(
+    out, x, bias, ratio, skip, keep, scale, x_c, skip_c, keep_c, keep_s, height, width,
+    up, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program makes a tile of `out`, (N, x_c + skip_c, height + 2, width + 2)."""
+    x_c, skip_c = x_c // 4 * 4, skip_c // 4 * 4
+    out_c = x_c + skip_c
+    n, i, j, c, _ = _tile(height + 2, width + 2, out_c, BLOCK_W, BLOCK_C)
+    valid = (j < width + 2) & (c < out_c)
+    h = tl.minimum(tl.maximum(i - 1, 0), height - 1)
+    w = tl.minimum(tl.maximum(j - 1, 0), width - 1)
+    start = (n * ((height + up) >> up) + (h >> up)) * ((width + up) >> up)
+    value = _read(x, bias, ratio, start, w >> up, c, x_c, valid)
+    if bias is not None:
+        value = tl.where(value > 0, value, 0.1 * value)
+    start = (n * height + h) * width
+    place = skip + start * skip_c + (w * skip_c + c - x_c)
+    value += tl.load(place, valid & (c >= x_c), 0.0)
+    place = keep + start * keep_c + (w * keep_c + c * keep_s)
+    value *= tl.load(place, valid & (c * keep_s < keep_c), 0).to(tl.float32) * scale
+    start = (n * (height + 2) + i) * (width + 2)
+    tl.store(out + start * out_c + (j * out_c + c), value, valid)
+
+
+@_jit
+def _pad_backward(
+    grad_x, sums, grad, x, bias, ratio, keep, scale, first_c, x_c, out_c, keep_c, keep_s,
+    height, width, up, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program makes a tile of one source's gradient: its x_c channels, from first_c.
+
+    A pixel (h, w) of the source gathers from the rows top..bottom and the columns
+    left..right of the padded map: its copies, one or 2 x 2, and theirs in the border.
+    """
+    x_c, out_c, first_c = x_c // 4 * 4, out_c // 4 * 4, first_c // 4 * 4
+    source_h, source_w = (height + up) >> up, (width + up) >> up
+    n, h, w, c, tile = _tile(source_h, source_w, x_c, BLOCK_W, BLOCK_C)
+    valid = (w < source_w) & (c < x_c)
+    top, bottom = (h << up) + 1, tl.minimum((h << up) + up + 1, height)
+    top, bottom = top - (top == 1), bottom + (bottom == height)
+    left, right = (w << up) + 1, tl.minimum((w << up) + up + 1, width)
+    left, right = left - (left == 1), right + (right == width)
+    first_w = tile % tl.cdiv(source_w, BLOCK_W) * BLOCK_W
+    first_d, last_d = 1 - (first_w == 0), 1 + up + (first_w + BLOCK_W >= source_w)
+    total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+    for i in range(top, bottom + 1):
+        start = (n * (height + 2) + i) * (width + 2)
+        inner = (n * height + tl.minimum(tl.maximum(i - 1, 0), height - 1)) * width
+        for d in range(first_d, last_d + 1):
+            j = (w << up) + d
+            read = valid & (left <= j) & (j <= right)
+            place = grad + (start * out_c + first_c) + (j * out_c + c)
+            value = tl.load(place, read, 0.0)
+            j = tl.minimum(tl.maximum(j - 1, 0), width - 1)
+            place = keep + inner * keep_c + (j * keep_c + (first_c + c) * keep_s)
+            total += value * tl.load(place, read, 0).to(tl.float32)
+    total *= scale
+    start = (n * source_h + h) * source_w
+    if bias is not None:
+        z = _read(x, bias, ratio, start, w, c, x_c, valid)
+        total = tl.where(z > 0, total, 0.1 * total)
+        place = sums + tile * x_c + c
+        tl.store(place, tl.sum(total, 0, keep_dims=True), c < x_c)
+    if ratio is not None:
+        total *= tl.load(ratio + start + w, valid, 0.0)
+    tl.store(grad_x + start * x_c + (w * x_c + c), total, valid)
+
+
+@triton.jit
+def _window(x, bias, ratio, n, i, j, c, channels, height, width):
+    """The four values x * ratio + bias of a 2 x 2 window; -inf outside the map."""
+    top = (n * height + 2 * i) * width
+    right, low = 2 * j + 1 < width, 2 * i + 1 < height
+    p = _read(x, bias, ratio, top, 2 * j, c, channels, 2 * j < width)
+    q = _read(x, bias, ratio, top, 2 * j + 1, c, channels, right)
+    r = _read(x, bias, ratio, top + width, 2 * j, c, channels, (2 * j < width) & low)
+    s = _read(x, bias, ratio, top + width, 2 * j + 1, c, channels, right & low)
+    none = float("-inf")
+    q, r, s = tl.where(right, q, none), tl.where(low, r, none), tl.where(right, s, none)
+    return p, q, r, tl.where(low, s, none)
+
+
+@_jit
+def _pool_forward(
+    out, x, bias, ratio, channels, height, width,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program makes a tile of `out`. Activation keeps the order: it comes last."""
+    channels = channels // 4 * 4
+    out_h, out_w = tl.cdiv(height, 2), tl.cdiv(width, 2)
+    n, i, j, c, _ = _tile(out_h, out_w, channels, BLOCK_W, BLOCK_C)
+    p, q, r, s = _window(x, bias, ratio, n, i, j, c, channels, height, width)
+    best = tl.maximum(tl.maximum(p, q), tl.maximum(r, s))
+    best = tl.where(best > 0, best, 0.1 * best)
+    place = out + (n * out_h + i) * out_w * channels + (j * channels + c)
+    tl.store(place, best, (j < out_w) & (c < channels))
+
+
+@_jit
+def _pool_backward(
+    grad_x, sums, grad, x, bias, ratio, channels, height, width,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The gradient goes to the first of a window's greatest values, as in PyTorch."""
+    channels = channels // 4 * 4
+    out_h, out_w = tl.cdiv(height, 2), tl.cdiv(width, 2)
+    n, i, j, c, tile = _tile(out_h, out_w, channels, BLOCK_W, BLOCK_C)
+    valid = (j < out_w) & (c < channels)
+    p, q, r, s = _window(x, bias, ratio, n, i, j, c, channels, height, width)
+    best = tl.maximum(tl.maximum(p, q), tl.maximum(r, s))
+    chosen = tl.where(p == best, 0, tl.where(q == best, 1, tl.where(r == best, 2, 3)))
+    place = grad + (n * out_h + i) * out_w * channels + (j * channels + c)
+    total = tl.load(place, valid, 0.0)
+    total = tl.where(best > 0, total, 0.1 * total)
+    place = sums + tile * channels + c
+    tl.store(place, tl.sum(total, 0, keep_dims=True), c < channels)
+    for d in tl.static_range(4):
+        h, w = 2 * i + d // 2, 2 * j + d % 2
+        inside = valid & (h < height) & (w < width)
+        start = (n * height + h) * width
+        value = tl.where(chosen == d, total, 0.0)
+        value *= tl.load(ratio + start + w, inside, 0.0)
+        tl.store(grad_x + start * channels + (w * channels + c), value, inside)
+
+
+@_jit
+def _mask_forward(
+    ratio, updated, mask, weight, numerator, channels, height, width, pool, pixels,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """PConv2d's ratio, and its updated mask after pool x pool max-pooling."""
+    out_h, out_w = tl.cdiv(height, pool), tl.cdiv(width, pool)
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n, i, j = p // (out_h * out_w), p // out_w % out_h, p % out_w
+    best = tl.zeros((BLOCK,), tl.float32)
+    for d in range(pool * pool):
+        h, w = i * pool + d // pool, j * pool + d % pool
+        valid = (p < pixels) & (h < height) & (w < width)
+        kept = tl.zeros((BLOCK,), tl.float32)
+        for c in range(channels):
+            for k in tl.static_range(9):
+                y, x = h + k // 3 - 1, w + k % 3 - 1
+                inside = valid & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+                place = mask + ((n * channels + c) * height + y) * width + x
+                # The map's border is padded with ones.
+                kept += tl.load(place, inside, 1).to(tl.float32)
+        kept *= weight
+        clipped = tl.minimum(kept, 1.0)
+        place = ratio + (n * height + h) * width + w
+        tl.store(place, numerator / (kept + 1e-8) * clipped, valid)
+        best = tl.maximum(best, tl.where(valid, clipped, 0.0))
+    tl.store(updated + p, best > 0, p < pixels)
+
+
+def _empty(x, channels, height, width):
+    """A channels_last map beside x, not yet written."""
+    shape, layout = (x.shape[0], channels, height, width), torch.channels_last
+    return torch.empty(shape, device=x.device, memory_format=layout)
+
+
+def _tiles(tiled):
+    """The number of tiles of a map's N * H rows."""
+    return tiled.shape[0] * tiled.shape[2] * triton.cdiv(tiled.shape[3], BLOCK_W)
+
+
+def _launch(kernel, tiled, *args):
+    """Run a program for every tile and channel block of the map `tiled`."""
+    grid = (_tiles(tiled) * triton.cdiv(tiled.shape[1], BLOCK_C),)
+    kernel[grid](*args, BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C)
+
+
+class Layer(torch.autograd.Function):
+    """A convolution, and all that lies between it and the one before.
+
+    padded = F.pad(cat((up(activated x), skip), 1) * keep * scale, (1, 1, 1, 1),
+    "replicate"); up(), nearest x2 cropped to the skip's size, only where there is a
+    skip. Then F.conv2d(padded, weight), or padded itself without a weight.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bias, ratio, skip, keep, scale, weight):
+        """x (N, C, h, w); skip (N, C', H, W) or None; bias (C,), ratio or None; keep
+        (N, C + C' or fewer, H, W) or, for all channels, (N, 1, H, W), bool; weight
+        (K, C + C' or fewer, 3, 3) or None."""
+        height, width = keep.shape[2:]
+        skip_c = 0 if skip is None else skip.shape[1]
+        channels = x.shape[1], skip_c
+        ctx.sizes = keep.shape[1], int(keep.shape[1] > 1), height, width
+        ctx.skip_c, ctx.scale = skip_c, scale
+        padded = _empty(x, sum(channels), height + 2, width + 2)
+        args = x, bias, ratio, x if skip is None else skip, keep, scale, *channels
+        _launch(_pad_forward, padded, padded, *args, *ctx.sizes, int(skip is not None))
+        if weight is None:
+            ctx.save_for_backward(x, bias, ratio, keep, None, None)
+            return padded
+        ctx.extra = padded.shape[1] - weight.shape[1]
+        if ctx.extra:
+            weight = F.pad(weight, (0, 0, 0, 0, 0, ctx.extra))
+        ctx.save_for_backward(x, bias, ratio, keep, padded, weight)
+        return F.conv2d(padded, weight).contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """The weight's gradient is made on a second stream, beside the others."""
+        x, bias, ratio, keep, padded, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x = grad_bias = grad_skip = grad_weight = sums = None
+        if weight is not None:
+            main, second = torch.cuda.current_stream(), _second_stream(x.device)
+            second.wait_stream(main)
+            with torch.cuda.stream(second):
+                grad_weight = conv2d_weight(padded, weight.shape, grad)
+                if ctx.extra:
+                    grad_weight = grad_weight[:, : -ctx.extra]
+            grad = conv2d_input(padded.shape, weight, grad)
+            grad = grad.contiguous(memory_format=torch.channels_last)
+        x_c, skip_c, out_c = x.shape[1], ctx.skip_c, grad.shape[1]
+        grad_x = torch.empty_like(x)
+        if bias is not None:
+            sums = x.new_empty(_tiles(x), x_c)
+        args = grad_x, sums, grad, x, bias, ratio, keep, ctx.scale, 0, x_c, out_c
+        _launch(_pad_backward, x, *args, *ctx.sizes, int(skip_c > 0))
+        if bias is not None:
+            grad_bias = sums.sum(0)
+        if ctx.needs_input_grad[3]:
+            grad_skip = _empty(x, skip_c, *keep.shape[2:])
+            args = grad_skip, None, grad, x, None, None, keep, ctx.scale
+            args += x_c, skip_c, out_c, *ctx.sizes, 0
+            _launch(_pad_backward, grad_skip, *args)
+        if weight is not None:
+            main.wait_stream(second)
+        return grad_x, grad_bias, None, grad_skip, None, None, grad_weight
+
+
+class Pool(torch.autograd.Function):
+    """Activate and max-pool: (N, C, H, W) to half of H and W, rounded up."""
+
+    @staticmethod
+    def forward(ctx, x, bias, ratio):
+        """x (N, C, H, W); bias (C,)."""
+        ctx.save_for_backward(x, bias, ratio)
+        _, channels, height, width = x.shape
+        out = _empty(x, channels, -(-height // 2), -(-width // 2))
+        _launch(_pool_forward, out, out, x, bias, ratio, channels, height, width)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        """grad (N, C, ceil(H / 2), ceil(W / 2))."""
+        x, bias, ratio = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x, sums = torch.empty_like(x), x.new_empty(_tiles(grad), x.shape[1])
+        args = grad_x, sums, grad, x, bias, ratio, *x.shape[1:]
+        _launch(_pool_backward, grad, *args)
+        return grad_x, sums.sum(0), None
+
+
+def window_ratio(mask, layer, pool):
+    """The PConv2d's ratio (N, 1, H, W), and its updated mask, max-pooled pool x pool.
+
+    The mask (N, C, H, W), bool, is padded with ones; the layer's channels / C share one.
+    """
+    n, channels, height, width = mask.shape
+    ratio = torch.empty((n, 1, height, width), device=mask.device)
+    updated = mask.new_empty(n, 1, -(-height // pool), -(-width // pool))
+    sizes = layer.in_channels // channels, float(layer.numerator), channels
+    sizes += height, width, pool, updated.numel()
+    grid = (triton.cdiv(updated.numel(), 128),)
+    _mask_forward[grid](ratio, updated, mask.contiguous(), *sizes, BLOCK=128)
+    return ratio, updated
+
+
+def _first(x, mask, weight):
+    """The masked image's conv2d, (N, 48, H, W), as a product: cuDNN is slow here."""
+    n, _, height, width = x.shape
+    x = F.pad(x, (1, 1, 1, 1), mode="replicate") * F.pad(mask, (1, 1, 1, 1), value=1.0)
+    windows = F.unfold(x, 3)  # (N, C * 9, H * W)
+    out = windows.transpose(1, 2) @ weight.flatten(1).T
+    return out.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _last(x, weight):
+    """conv2d to the image's C channels: a pixel's 9 * C products, then their sums."""
+    n, channels, height, width = x.shape
+    weight = weight.flip(2, 3).transpose(0, 1).reshape(channels, -1)
+    products = x.permute(0, 2, 3, 1).reshape(-1, channels) @ weight
+    products = products.view(n, height * width, -1).transpose(1, 2)
+    return F.fold(products, (height + 2, width + 2), 3)[..., 2:-2, 2:-2]
+
+
+def forward(network, x, mask, draw):
+    """Punet.forward: the same arguments, the same prediction."""
+    n, channels = x.shape[:2]
+    rate = network.drop_rate
+    # cuDNN is slow on odd channels: as a skip the image gets zero channels, up to 8.
+    skips = [F.pad(x, (0, 0, 0, 0, 0, -channels % 8))]
+    skips[0] = skips[0].contiguous(memory_format=torch.channels_last)
+    x = _first(x, mask, network.encoder[0].weight)
+    mask, bias, ratio = mask.bool(), None, None
+    for i, layer in enumerate(network.encoder):
+        if i > 0:
+            x = Layer.apply(x, bias, ratio, None, mask, 1.0, layer.weight)
+        pool = 2 if 1 <= i <= 5 else 1
+        bias, (ratio, mask) = layer.bias, window_ratio(mask, layer, pool)
+        if pool == 2:
+            x, bias, ratio = Pool.apply(x, bias, ratio), None, None
+            if i <= 4:
+                skips.append(x)
+    for stage in network.decoder:
+        skip = skips.pop()
+        size = skip.shape[2:]
+        for conv in stage:
+            if rate:
+                keep = draw((n, conv.in_channels, *size), rate).bool()
+                keep = keep.contiguous(memory_format=torch.channels_last)
+            else:
+                keep = mask.new_ones(n, 1, *size)
+            last = conv is network.decoder[-1][-1]
+            args = x, bias, ratio, skip, keep, 1 / (1 - rate)
+            x = Layer.apply(*args, None if last else conv.weight)
+            bias, ratio, skip = conv.bias, None, None
+    return torch.sigmoid(_last(x, conv.weight) + bias.view(-1, 1, 1))
+
+
+@functools.cache
+def _second_stream(device):
+    return torch.cuda.Stream(device)
+
+
+@functools.cache
+def usable(device):
+    """Whether Triton can build and run a kernel there: it needs a C compiler."""
+    mask = torch.ones((1, 1, 4, 4), dtype=torch.bool, device=device)
+    try:
+        window_ratio(mask, PConv2d(1, 1, 3), 1)
+    except Exception:  # noqa: BLE001 - whatever it is, PyTorch's own kernels run
+        return False
+    return True
