@@ -158,6 +158,7 @@ def main(argv=None):
         average=args.average,
         ratio=args.ratio,
         start=args.start,
+        beta2=args.beta2,
     )
     named = ("kernel_size", "kernel_sigma", "sigma", "drop_rate")
     run = utils.Run(args, DEFAULTS, named)

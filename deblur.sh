@@ -4,7 +4,6 @@ exec python "$(dirname "$0")/deblur.py" \
     --path camera \
     --recipe paper \
     --sigma 10 \
-    --drop_rate 0.3 \
     --kernel_size 15 \
     --kernel_sigma 1.0 \
     --bs 1 \

@@ -64,6 +64,7 @@ def main(argv=None):
         average=args.average,
         ratio=args.ratio,
         start=args.start,
+        beta2=args.beta2,
     )
     run = utils.Run(args, DEFAULTS, named=("sigma", "drop_rate"))
     return run.restore(lambda record: restore(record, learner, args))

@@ -4,7 +4,6 @@ exec python "$(dirname "$0")/denoise.py" \
     --path camera \
     --recipe paper \
     --sigma 25 \
-    --drop_rate 0.3 \
     --bs 1 \
     --optimizer adam \
     --seed 0 \

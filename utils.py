@@ -135,10 +135,13 @@ RECIPES = {
         "average": 0.0,  # decay of the weights' running average, which predicts; 0: none
         "ratio": "window",  # partial convolution: full windows scaled by 1/C
         "start": "default",  # PyTorch's initial weights
+        "beta2": 0.999,  # Adam's
     },
     "fast": {
         "iteration": 1000,
-        "lr": 1e-3,
+        "lr": 2e-3,
+        "drop_rate": 0.2,
+        "beta2": 0.9,  # no step is larger than the learning rate
         "anneal": True,
         "average": 0.99,
         "ratio": "entries",  # full windows scaled by 1

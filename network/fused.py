@@ -16,11 +16,13 @@ import torch
 import triton
 import triton.language as tl
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 from network.pconv import PConv2d
 
 BLOCK_W, BLOCK_C = 64, 32
+# In maps of so many pixels the convolutions read zero channels up to a multiple of
+# ALIGN: cuDNN's kernels for 48, 97, 144 ... channels take up to half as long again.
+LARGE, ALIGN = 2**14, 64
 
 # One compilation for all sizes; that channels are vectors of 4 is said by `// 4 * 4`.
 _jit = triton.jit(
@@ -46,21 +48,19 @@ def _tile(height, width, channels, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr)
 def _read(x, bias, ratio, start, w, c, channels, valid):
     """x * ratio + bias in the columns w of the row whose first pixel is `start`."""
     z = tl.load(x + start * channels + (w * channels + c), valid & (c < channels), 0.0)
-    if ratio is not None:
-        z *= tl.load(ratio + start + w, valid, 0.0)
     if bias is not None:
+        z *= tl.load(ratio + start + w, valid, 0.0)
         z += tl.load(bias + c, c < channels, 0.0)
     return z
 
 
 @_jit
 def _pad_forward(
-    out, x, bias, ratio, skip, keep, scale, x_c, skip_c, keep_c, keep_s, height, width,
-    up, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    out, x, bias, ratio, skip, keep, scale, x_c, skip_c, out_c, keep_c, keep_s, height,
+    width, up, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program makes a tile of `out`, (N, x_c + skip_c, height + 2, width + 2)."""
-    x_c, skip_c = x_c // 4 * 4, skip_c // 4 * 4
-    out_c = x_c + skip_c
+    """A program makes a tile of `out`, (N, out_c, height + 2, width + 2)."""
+    x_c, skip_c, out_c = x_c // 4 * 4, skip_c // 4 * 4, out_c // 4 * 4
     n, i, j, c, _ = _tile(height + 2, width + 2, out_c, BLOCK_W, BLOCK_C)
     valid = (j < width + 2) & (c < out_c)
     h = tl.minimum(tl.maximum(i - 1, 0), height - 1)
@@ -71,7 +71,7 @@ def _pad_forward(
         value = tl.where(value > 0, value, 0.1 * value)
     start = (n * height + h) * width
     place = skip + start * skip_c + (w * skip_c + c - x_c)
-    value += tl.load(place, valid & (c >= x_c), 0.0)
+    value += tl.load(place, valid & (c >= x_c) & (c < x_c + skip_c), 0.0)
     place = keep + start * keep_c + (w * keep_c + c * keep_s)
     value *= tl.load(place, valid & (c * keep_s < keep_c), 0).to(tl.float32) * scale
     start = (n * (height + 2) + i) * (width + 2)
@@ -117,7 +117,6 @@ def _pad_backward(
         total = tl.where(z > 0, total, 0.1 * total)
         place = sums + tile * x_c + c
         tl.store(place, tl.sum(total, 0, keep_dims=True), c < x_c)
-    if ratio is not None:
         total *= tl.load(ratio + start + w, valid, 0.0)
     tl.store(grad_x + start * x_c + (w * x_c + c), total, valid)
 
@@ -222,34 +221,46 @@ def _tiles(tiled):
 def _launch(kernel, tiled, *args):
     """Run a program for every tile and channel block of the map `tiled`."""
     grid = (_tiles(tiled) * triton.cdiv(tiled.shape[1], BLOCK_C),)
-    kernel[grid](*args, BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C)
+    with torch.cuda.device_of(tiled):
+        kernel[grid](*args, BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C)
+
+
+@functools.cache
+def _second_stream(device):
+    return torch.cuda.Stream(device)
+
+
+def _conv2d_gradient(grad, x, weight, which):
+    """F.conv2d's gradient with respect to x (0) or to the weight (1)."""
+    settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [which == 0, which == 1, False]
+    backward = torch.ops.aten.convolution_backward(grad, x, weight, None, *settings)
+    return backward[which].contiguous(memory_format=torch.channels_last)
 
 
 class Layer(torch.autograd.Function):
     """A convolution, and all that lies between it and the one before.
 
-    padded = F.pad(cat((up(activated x), skip), 1) * keep * scale, (1, 1, 1, 1),
-    "replicate"); up(), nearest x2 cropped to the skip's size, only where there is a
-    skip. Then F.conv2d(padded, weight), or padded itself without a weight.
+    F.conv2d(F.pad(cat((up(activated x), skip), 1) * keep * scale, (1, 1, 1, 1),
+    "replicate"), weight); up(), nearest x2 cropped to the skip's size, only where there
+    is a skip.
     """
 
     @staticmethod
     def forward(ctx, x, bias, ratio, skip, keep, scale, weight):
-        """x (N, C, h, w); skip (N, C', H, W) or None; bias (C,), ratio or None; keep
-        (N, C + C' or fewer, H, W) or, for all channels, (N, 1, H, W), bool; weight
-        (K, C + C' or fewer, 3, 3) or None."""
-        height, width = keep.shape[2:]
+        """x (N, C, h, w); skip (N, C', H, W) or None; bias (C,) and ratio, or None; keep
+        (N, at most C + C', H, W) or, for all channels, (N, 1, H, W), bool; weight
+        (K, at most C + C', 3, 3)."""
+        n, keep_c, height, width = keep.shape
         skip_c = 0 if skip is None else skip.shape[1]
-        channels = x.shape[1], skip_c
-        ctx.sizes = keep.shape[1], int(keep.shape[1] > 1), height, width
-        ctx.skip_c, ctx.scale = skip_c, scale
-        padded = _empty(x, sum(channels), height + 2, width + 2)
-        args = x, bias, ratio, x if skip is None else skip, keep, scale, *channels
-        _launch(_pad_forward, padded, padded, *args, *ctx.sizes, int(skip is not None))
-        if weight is None:
-            ctx.save_for_backward(x, bias, ratio, keep, None, None)
-            return padded
-        ctx.extra = padded.shape[1] - weight.shape[1]
+        channels = x.shape[1] + skip_c
+        if n * height * width >= LARGE and channels >= 48:
+            channels = triton.cdiv(channels, ALIGN) * ALIGN
+        ctx.sizes = channels, keep_c, int(keep_c > 1), height, width
+        ctx.skip_c, ctx.scale, ctx.extra = skip_c, scale, channels - weight.shape[1]
+        padded = _empty(x, channels, height + 2, width + 2)
+        args = x, bias, ratio, x if skip is None else skip, keep, scale, x.shape[1]
+        up = int(skip is not None)
+        _launch(_pad_forward, padded, padded, *args, skip_c, *ctx.sizes, up)
         if ctx.extra:
             weight = F.pad(weight, (0, 0, 0, 0, 0, ctx.extra))
         ctx.save_for_backward(x, bias, ratio, keep, padded, weight)
@@ -257,34 +268,31 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """The weight's gradient is made on a second stream, beside the others."""
+        """grad (N, K, H, W). The weight's gradient is made on a second stream."""
         x, bias, ratio, keep, padded, weight = ctx.saved_tensors
+        grad_x = grad_bias = grad_skip = sums = None
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x = grad_bias = grad_skip = grad_weight = sums = None
-        if weight is not None:
-            main, second = torch.cuda.current_stream(), _second_stream(x.device)
-            second.wait_stream(main)
-            with torch.cuda.stream(second):
-                grad_weight = conv2d_weight(padded, weight.shape, grad)
-                if ctx.extra:
-                    grad_weight = grad_weight[:, : -ctx.extra]
-            grad = conv2d_input(padded.shape, weight, grad)
-            grad = grad.contiguous(memory_format=torch.channels_last)
-        x_c, skip_c, out_c = x.shape[1], ctx.skip_c, grad.shape[1]
-        grad_x = torch.empty_like(x)
-        if bias is not None:
-            sums = x.new_empty(_tiles(x), x_c)
-        args = grad_x, sums, grad, x, bias, ratio, keep, ctx.scale, 0, x_c, out_c
-        _launch(_pad_backward, x, *args, *ctx.sizes, int(skip_c > 0))
-        if bias is not None:
-            grad_bias = sums.sum(0)
+        main = torch.cuda.current_stream(x.device)
+        second = _second_stream(x.device)
+        second.wait_stream(main)
+        with torch.cuda.stream(second):
+            grad_weight = _conv2d_gradient(grad, padded, weight, 1)
+            if ctx.extra:
+                grad_weight = grad_weight[:, : -ctx.extra]
+                grad_weight = grad_weight.contiguous(memory_format=torch.channels_last)
+        if ctx.needs_input_grad[0]:
+            grad = _conv2d_gradient(grad, padded, weight, 0)
+            grad_x = torch.empty_like(x)
+            if bias is not None:
+                sums = x.new_empty(_tiles(x), x.shape[1])
+            args = grad_x, sums, grad, x, bias, ratio, keep, ctx.scale, 0, x.shape[1]
+            _launch(_pad_backward, x, *args, *ctx.sizes, int(ctx.skip_c > 0))
+            grad_bias = None if bias is None else sums.sum(0)
         if ctx.needs_input_grad[3]:
-            grad_skip = _empty(x, skip_c, *keep.shape[2:])
-            args = grad_skip, None, grad, x, None, None, keep, ctx.scale
-            args += x_c, skip_c, out_c, *ctx.sizes, 0
-            _launch(_pad_backward, grad_skip, *args)
-        if weight is not None:
-            main.wait_stream(second)
+            grad_skip = _empty(x, ctx.skip_c, *keep.shape[2:])
+            args = grad_skip, None, grad, x, None, None, keep, ctx.scale, x.shape[1]
+            _launch(_pad_backward, grad_skip, *args, ctx.skip_c, *ctx.sizes, 0)
+        main.wait_stream(second)
         return grad_x, grad_bias, None, grad_skip, None, None, grad_weight
 
 
@@ -322,7 +330,8 @@ def window_ratio(mask, layer, pool):
     sizes = layer.in_channels // channels, float(layer.numerator), channels
     sizes += height, width, pool, updated.numel()
     grid = (triton.cdiv(updated.numel(), 128),)
-    _mask_forward[grid](ratio, updated, mask.contiguous(), *sizes, BLOCK=128)
+    with torch.cuda.device_of(mask):
+        _mask_forward[grid](ratio, updated, mask.contiguous(), *sizes, BLOCK=128)
     return ratio, updated
 
 
@@ -335,22 +344,13 @@ def _first(x, mask, weight):
     return out.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _last(x, weight):
-    """conv2d to the image's C channels: a pixel's 9 * C products, then their sums."""
-    n, channels, height, width = x.shape
-    weight = weight.flip(2, 3).transpose(0, 1).reshape(channels, -1)
-    products = x.permute(0, 2, 3, 1).reshape(-1, channels) @ weight
-    products = products.view(n, height * width, -1).transpose(1, 2)
-    return F.fold(products, (height + 2, width + 2), 3)[..., 2:-2, 2:-2]
-
-
 def forward(network, x, mask, draw):
     """Punet.forward: the same arguments, the same prediction."""
-    n, channels = x.shape[:2]
+    n, channels, height, width = x.shape
     rate = network.drop_rate
-    # cuDNN is slow on odd channels: as a skip the image gets zero channels, up to 8.
-    skips = [F.pad(x, (0, 0, 0, 0, 0, -channels % 8))]
-    skips[0] = skips[0].contiguous(memory_format=torch.channels_last)
+    image = F.pad(x, (0, 0, 0, 0, 0, -channels % 4))
+    skips = [image.contiguous(memory_format=torch.channels_last)]
+    ones = x.new_ones(n, 1, height, width)  # the decoder's ratio
     x = _first(x, mask, network.encoder[0].weight)
     mask, bias, ratio = mask.bool(), None, None
     for i, layer in enumerate(network.encoder):
@@ -371,24 +371,22 @@ def forward(network, x, mask, draw):
                 keep = keep.contiguous(memory_format=torch.channels_last)
             else:
                 keep = mask.new_ones(n, 1, *size)
-            last = conv is network.decoder[-1][-1]
-            args = x, bias, ratio, skip, keep, 1 / (1 - rate)
-            x = Layer.apply(*args, None if last else conv.weight)
-            bias, ratio, skip = conv.bias, None, None
-    return torch.sigmoid(_last(x, conv.weight) + bias.view(-1, 1, 1))
+            scale = 1 / (1 - rate)
+            x = Layer.apply(x, bias, ratio, skip, keep, scale, conv.weight)
+            bias, ratio, skip = conv.bias, ones, None
+    return torch.sigmoid(x + bias.view(-1, 1, 1))
+
+
+def usable(x):
+    """Whether the forward pass of x runs here: float32 on CUDA, with a Triton that works."""
+    return x.is_cuda and x.dtype == torch.float32 and _builds(x.device)
 
 
 @functools.cache
-def _second_stream(device):
-    return torch.cuda.Stream(device)
-
-
-@functools.cache
-def usable(device):
-    """Whether Triton can build and run a kernel there: it needs a C compiler."""
+def _builds(device):
     mask = torch.ones((1, 1, 4, 4), dtype=torch.bool, device=device)
     try:
         window_ratio(mask, PConv2d(1, 1, 3), 1)
-    except Exception:  # noqa: BLE001 - whatever it is, PyTorch's own kernels run
+    except Exception:  # noqa: BLE001 - no C compiler, say: PyTorch's own kernels run
         return False
     return True

@@ -54,7 +54,7 @@ class Punet(nn.Module):
         Returns:
             The prediction, (N, C, H, W), in (0, 1).
         """
-        if fused and x.is_cuda and fused.usable(x.device):
+        if fused and fused.usable(x):
             return fused.forward(self, x, mask, draw or self._draw)
         skips = [x]
         for i, layer in enumerate(self.encoder):

@@ -113,6 +113,8 @@ class Self2Self:
         start: "default": PyTorch's initial weights; "mean": with the last bias such
             that the first predictions have the observation's mean, from which a large
             learning rate does not run into the sigmoid's flat ends.
+        beta2: decay of Adam's mean of squared gradients; with 0.9, as the mean of the
+            gradients has, no step is larger than the learning rate.
         average: decay per step of the running average of the weights, which then
             predicts in their place; 0: none.
         ratio: the partial convolutions' numerator, "window" or "entries".
@@ -131,11 +133,12 @@ class Self2Self:
         average=0.0,
         ratio="window",
         start="default",
+        beta2=0.999,
     ):
         self.drop_rate, self.bs, self.seed = drop_rate, bs, seed
         self.lr, self.optimizer_name = lr, optimizer
         self.anneal, self.average = anneal, average
-        self.ratio, self.start = ratio, start
+        self.ratio, self.start, self.beta2 = ratio, start, beta2
         self.device = torch.device(device)
         self.y = None
 
@@ -186,6 +189,7 @@ class Self2Self:
             self.network.parameters(),
             lr=torch.tensor(self.lr, device=self.device),  # a captured step reads it
             fused=True,
+            betas=(0.9, self.beta2),
             capturable=on_cuda,
         )
         for weight in self.network.parameters():

@@ -48,7 +48,7 @@ def settings(task, text, steps):
             key, value = change.split("=")
             values[key] = type(values[key])(value)
     values["iteration"] = steps or values["iteration"]
-    keys = ("drop_rate", "lr", "optimizer", "bs", "average", "ratio", "start")
+    keys = ("drop_rate", "lr", "optimizer", "bs", "average", "ratio", "start", "beta2")
     chosen = {k: values[k] for k in keys}
     chosen["anneal"] = values["iteration"] if values["anneal"] else None
     return chosen, values["iteration"], values["num_prediction"]

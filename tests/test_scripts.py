@@ -98,6 +98,36 @@ def test_shell_script_from_another_folder(task, folder):
     assert restored.shape == (32, 32, 3)
 
 
+def test_a_flag_wins_over_the_recipe_and_the_recipe_over_the_defaults():
+    def parse(flags):
+        return vars(utils.parse_arguments("", denoise.DEFAULTS, shlex.split(flags)))
+
+    paper = parse("")
+    assert paper["iteration"] == denoise.DEFAULTS["iteration"]
+    assert paper | utils.RECIPES["paper"] == paper
+    fast = parse("--recipe fast")
+    assert fast | utils.RECIPES["fast"] == fast
+    changed = {k: v for k, v in fast.items() if v != paper[k]}
+    assert changed.keys() == utils.RECIPES["fast"].keys() | {"recipe"}
+    flags = "--recipe fast --lr 0.5 --iteration 7"
+    assert parse(flags) == fast | {"lr": 0.5, "iteration": 7}
+
+
+def test_fast_recipe_names_its_steps():
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png --recipe fast") == 0
+    assert run("denoise", "--path in/a.png --recipe fast --iteration 6") == 0
+    names = {f.name for f in Path("images/in/a.png/denoise").iterdir()}
+    ending = "fast_num_prediction2"
+    assert {n.split("_", 2)[2] for n in names} == {f"{ending}_{n}steps" for n in (4, 6)}
+
+
+def test_a_network_that_dies_is_reported(capsys):
+    flags = "--path camera --crop 32 --lr 0.1 --iteration 100"
+    assert run("denoise", flags + " --test_frequency 100") == 1
+    assert "the network died at about step 100" in capsys.readouterr().err
+
+
 def test_names_of_results_folders():
     write("in/a.png")
     assert run("denoise", "--path in/a.png --num_prediction 100") == 0
@@ -105,7 +135,7 @@ def test_names_of_results_folders():
     assert run("denoise", f"--path in/a.png {flags}") == 0
     assert {f.name for f in Path("images/in/a.png/denoise").iterdir()} == {
         "25.0_0.3",
-        "10.0_0.3_crop32_lr0.001_adamw_bs2_seed1_num_prediction2",
+        "10.0_0.3_lr0.001_adamw_bs2_num_prediction2_seed1_crop32",
     }
 
 
