@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SMALLEST_SIDE = 32  # pixels: five poolings
-LOSS_EVERY = 100  # steps between two readings of the loss for the progress bar
+LOSS_EVERY = 100  # steps between two looks at the loss
+ATTEMPTS = 4  # networks that may die before an image is given up
 
 
 class InputError(Exception):
@@ -457,7 +458,7 @@ class Record:
             self.clean = None if self.args.observed else self.image
         self.name = f"{self.picture.folder}/{self.picture.name}"
         self.folder = Path("images", self.name, self.args.model_type, run.settings_name)
-        self.rows, self.seconds, self.restored = [], 0.0, None
+        self.rows, self.notes, self.seconds, self.restored = [], [], 0.0, None
 
     def observe(self, observation, **parts):
         """Take the observation, and write it with what it was made of.
@@ -489,27 +490,40 @@ class Record:
         started = time.perf_counter()
         first = LOSS_EVERY if self.args.device.type == "cuda" else 10
         bar = tqdm(total=self.args.iteration, desc=self.name, unit="step")
+        step = 0
         with bar:
-            for step in range(1, self.args.iteration + 1):
+            while step < self.args.iteration:
+                step += 1
                 yield step
                 bar.update()
                 self.seconds = time.perf_counter() - started
                 if step == 1:
                     warm = time.perf_counter()
                 elif step == first:
-                    learner.mean_loss(reset=False)  # waits for the device
+                    learner.recent_loss()  # waits for the device
                     self._announce((time.perf_counter() - warm) / (first - 1))
-                if step % LOSS_EVERY == 0 and not learner.alive():
-                    raise TrainingError(
-                        f"{self.name}: the network died at about step {step} (constant "
-                        "or non-finite output); --lr below "
-                        f"{self.args.lr:g} or another --seed cures it"
-                    )
-                if step % LOSS_EVERY == 0 and not self.is_test(step):
-                    loss = learner.mean_loss(reset=False)
+                if step % LOSS_EVERY == 0 or self.is_test(step):
+                    if step >= LOSS_EVERY and not learner.alive():
+                        self._restart(learner, step)
+                        step = 0
+                        bar.reset()
+                        continue
                     psnr = f", {self.rows[-1][2]:.2f} dB" if self._scored() else ""
-                    bar.set_postfix_str(f"loss {loss:.5f}{psnr}")
+                    bar.set_postfix_str(f"loss {learner.recent_loss():.5f}{psnr}")
         self._finish()
+
+    def _restart(self, learner, step):
+        """Start a network that died over, if it may be worth it."""
+        told = f"{self.name}: the network died (constant or non-finite output) by step {step}"
+        if learner.attempt == ATTEMPTS:
+            raise TrainingError(f"{told}; a lower --lr than {self.args.lr:g} cures it")
+        learner.begin_again()
+        self.rows.clear()
+        for file in self.folder.glob("Self2Self-*.png"):
+            file.unlink()
+        note = f"{told}: started over, other weights, learning rate {learner.lr:g}"
+        self.notes.append(note)
+        tqdm.write(note)
 
     def is_test(self, step):
         """Tell whether the ensemble is to be predicted after this step."""
@@ -523,8 +537,8 @@ class Record:
             loss: mean loss since the last test.
             restored: the ensemble's mean, (C, H, W).
         """
-        if not math.isfinite(loss):
-            raise TrainingError(f"{self.name}: the loss is {loss} at step {step}")
+        if not np.isfinite(restored).all():
+            return  # dead, which `steps` will see
         psnr, ssim = (None, None) if self.clean is None else score(restored, self.clean)
         self.rows.append((step, loss, psnr, ssim, self.seconds))
         self.restored = restored
@@ -683,7 +697,7 @@ class Run:
         lines = [f"{k}: {v}" for k, v in vars(self.args).items()]
         table = []
         for record in self.records:
-            lines += ["", record.heading()]
+            lines += ["", record.heading(), *record.notes]
             lines += [row_text(row) for row in record.rows]
             table += [(record.name, *row) for row in record.rows]
         lines += ["", self.summary(), ""]

@@ -11,6 +11,8 @@ from network.punet import Punet
 # Pixels in one forward pass of the ensemble: they fill a GPU, and suit a CPU's cache.
 PREDICTION_PIXELS = {"cuda": 2**20, "cpu": 1, "mps": 2**18}
 
+ATTEMPT_SEED = 1_000_003  # between the seeds of a network's attempts
+
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -136,7 +138,7 @@ class Self2Self:
         beta2=0.999,
     ):
         self.drop_rate, self.bs, self.seed = drop_rate, bs, seed
-        self.lr, self.optimizer_name = lr, optimizer
+        self.initial_lr, self.optimizer_name = lr, optimizer
         self.anneal, self.average = anneal, average
         self.ratio, self.start, self.beta2 = ratio, start, beta2
         self.device = torch.device(device)
@@ -153,9 +155,18 @@ class Self2Self:
             forward_operator: A, of y = A(x) + n, from and to (N, C, H, W): the identity
                 for denoising.
         """
+        self.attempt, self.lr = 0, self.initial_lr
+        self._start(observation, forward_operator)
+
+    def begin_again(self):
+        """Start over on the same image: other weights, half the learning rate."""
+        self.attempt, self.lr = self.attempt + 1, self.lr / 2
+        self._start(self.y[0].clone(), self.forward_operator)
+
+    def _start(self, observation, forward_operator):
         y = torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None]
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.seed + ATTEMPT_SEED * self.attempt)
             # the same weights on every device
             network = Punet(y.shape[1], self.drop_rate, self.ratio)
         if self.start == "mean":
@@ -175,9 +186,11 @@ class Self2Self:
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()
+        self.optimizer.param_groups[0]["lr"].fill_(self.lr)
         self.masks.seed(self.seed, 0)
         self.step = self.loss_steps = 0
-        self.loss_sum.zero_()
+        for total in (self.loss_sum, self.recent, self.spread):
+            total.zero_()
 
     def _build(self, y, forward_operator, network):
         """Make what lasts as long as the shape: the tensors that a captured step uses."""
@@ -196,7 +209,7 @@ class Self2Self:
             weight.grad = torch.zeros_like(weight)
         self.optimizer.step()  # makes Adam's averages: from here on all is in place
         self.averaged = copy.deepcopy(self.network) if self.average else None
-        self.loss_sum, self.spread = torch.zeros(2, device=self.device)
+        self.loss_sum, self.recent, self.spread = torch.zeros(3, device=self.device)
         self.masks = BernoulliMasks(self.device)
         self.graph = None
 
@@ -208,7 +221,7 @@ class Self2Self:
         weights = [*self.network.parameters()]
         if self.average:
             weights += self.averaged.parameters()
-        return [*weights, *adam, self.loss_sum, self.spread]
+        return [*weights, *adam, self.loss_sum, self.recent, self.spread]
 
     def state_dict(self):
         """All that the coming steps depend on, as tensors and numbers."""
@@ -264,26 +277,31 @@ class Self2Self:
                 total += prediction.sum(0)
         return (total / num_prediction).cpu().numpy()
 
-    def mean_loss(self, reset=True):
-        """Mean loss of the steps since the last reset. Reads the device: ask rarely."""
+    def mean_loss(self):
+        """Mean loss of the steps since this was last asked for. Reads the device."""
         mean = self.loss_sum.item() / max(1, self.loss_steps)
-        if reset:
-            self.loss_sum.zero_()
-            self.loss_steps = 0
+        self.loss_sum.zero_()
+        self.loss_steps = 0
         return mean
 
-    def alive(self):
-        """Tell whether the network still learns; after a few dozen steps at least.
+    def recent_loss(self):
+        """Running mean of the loss over about 20 steps. Reads the device."""
+        return self.recent.item()
 
-        Dead are a loss that is not finite or twice an untrained network's, and a flat
-        prediction that errs by more than the noise. Neighbouring entries' differences
-        bound the noise, so that a flat image's flat prediction is alive.
+    def alive(self):
+        """Tell whether the network still learns; to be asked after 100 steps or more.
+
+        Dead are a loss that is not finite, a flat prediction that errs by more than the
+        noise, and one that varies more than the observation does and errs by more than
+        twice its variance. Neighbouring entries' differences bound the noise, so that a
+        flat image's flat prediction is alive.
         """
-        loss, spread = self.mean_loss(reset=False), self.spread.item()
-        untrained = ((self.y - 0.5) ** 2).mean().item()
+        loss, spread = self.recent.item(), self.spread.item()
         noise = (self.y.diff(dim=-1) ** 2).mean().item() / 2
+        variance = self.y.var((2, 3)).max().item()
         flat = spread < 1e-3 and loss > 1.1 * noise
-        return math.isfinite(loss) and loss <= 2 * untrained and not flat
+        wild = spread**2 > variance and loss > 2 * variance
+        return math.isfinite(loss) and not flat and not wild
 
     def _sample(self, network, masks, n):
         """Predict from n Bernoulli samples of y.
@@ -306,6 +324,7 @@ class Self2Self:
         loss.backward()
         self.optimizer.step()
         self.loss_sum += loss.detach()
+        self.recent.lerp_(loss.detach(), 0.05)
         self.spread.copy_(prediction.detach().std((2, 3)).max())
         if self.average:
             pairs = self.averaged.parameters(), self.network.parameters()

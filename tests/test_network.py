@@ -653,4 +653,4 @@ def test_a_flat_images_flat_prediction_is_alive_and_a_saturated_one_dead():
     for clean, value, alive in ((0.3, 0.3, True), (0.0, 0.0, True), (ramp, 0, False)):
         learner = begun(clean + noise)
         learner.network = Spy(lambda x, mask, value=value: x * 0 + value)
-        assert train(learner, 10).alive() is alive
+        assert train(learner, 100).alive() is alive

@@ -122,10 +122,14 @@ def test_fast_recipe_names_its_steps():
     assert {n.split("_", 2)[2] for n in names} == {f"{ending}_{n}steps" for n in (4, 6)}
 
 
-def test_a_network_that_dies_is_reported(capsys):
-    flags = "--path camera --crop 32 --lr 0.1 --iteration 100"
-    assert run("denoise", flags + " --test_frequency 100") == 1
-    assert "the network died at about step 100" in capsys.readouterr().err
+def test_a_network_that_dies_starts_over(capsys, monkeypatch):
+    flags = "--path camera --crop 32 --lr 0.1 --iteration 100 --test_frequency 50"
+    monkeypatch.setattr(utils, "ATTEMPTS", 1)
+    assert run("denoise", flags) == 1
+    out, err = capsys.readouterr()
+    assert "by step 100: started over, other weights, learning rate 0.05" in out
+    assert "by step 100; a lower --lr than 0.1 cures it" in err
+    assert "started over" in Path("logs/denoise/log.txt").read_text()
 
 
 def test_names_of_results_folders():
