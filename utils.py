@@ -643,7 +643,7 @@ class Run:
             labels.append(OPTIONS["iteration"].label(args.iteration))
             deciding.append("iteration")
         self.settings_name = "_".join([*(str(values[k]) for k in named), *labels])
-        self.identity = {k: values[k] for k in (*named, *deciding)}
+        self.identity = {k: values[k] for k in (*named, *deciding, *RECIPES["paper"])}
         self.records, self.failed = [], []
         self.log = Path(args.log_path)
         stem = self.log.name.removesuffix(".txt")
@@ -668,8 +668,22 @@ class Run:
             try:
                 restore(Record(self, file, folder))
             except (InputError, TrainingError) as error:
-                fail(error)
-                self.failed.append(file)
+                told = str(error)
+            except OSError as error:
+                told = f"{error.filename or file}: {error.strerror or error}"
+            except (MemoryError, RuntimeError) as error:
+                if "alloc" not in str(error) and "memory" not in str(error):
+                    raise
+                told = (
+                    f"{file}: out of memory; a --crop, a smaller --bs, or --device cpu"
+                )
+            except KeyboardInterrupt:
+                fail(f"{file}: interrupted")
+                return 130
+            else:
+                continue
+            fail(told)
+            self.failed.append(file)
         if self.records:
             print(self.summary())
         return (1 if self.started else 2) if self.failed else 0

@@ -357,6 +357,25 @@ def test_wrong_input_is_refused_in_one_line(bad_files, capfd):
     assert files() == before
 
 
+@pytest.mark.parametrize(
+    ("error", "words", "status"),
+    [
+        (OSError(28, "No space left on device", "x.png"), "x.png: No space left", 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--crop", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+    ],
+)
+def test_what_fails_later_is_one_line_too(error, words, status, monkeypatch, capsys):
+    write("in/a.png")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(denoise.Self2Self, "predict", fail)
+    assert run("denoise", "--path in/a.png") == status
+    assert words in capsys.readouterr().err
+
+
 def test_training_learns():
     flags = "--path coffee --crop 64 --sigma 50 --lr 1e-3 --iteration 150"
     flags += " --test_frequency 150 --num_prediction 10"
