@@ -27,7 +27,7 @@ DEFAULTS = {
     "kernel_sigma": 1.0,  # its standard deviation, pixels
     "kernel": None,  # file of any other PSF (.mat, .npy or an image), or None
     # How it learns
-    "recipe": "paper",  # paper or fast: utils.RECIPES says what they change
+    "recipe": "paper",  # paper or fast: utils.RECIPES says what each decides, and wins
     "drop_rate": 0.3,  # p of the Bernoulli mask and of the dropout, in [0, 1)
     "iteration": 150000,  # training steps
     "lr": 1e-4,  # learning rate
@@ -45,8 +45,8 @@ DEFAULTS = {
 
 def gaussian_psf(size, sigma):
     """Return a Gaussian PSF (size, size) of standard deviation sigma, both in pixels."""
-    axis = np.arange(size) - (size - 1) / 2
-    profile = np.exp(-(axis**2) / (2 * sigma**2))
+    exponent = ((np.arange(size) - (size - 1) / 2) / sigma) ** 2 / 2
+    profile = np.exp(exponent.min() - exponent)  # of a tiny sigma, too, not all zeros
     return np.outer(profile, profile) / profile.sum() ** 2
 
 
@@ -119,10 +119,10 @@ class CircularBlur:
 
 def restore(record, blur, learner, args):
     """Restore one image: make its observation, learn it, predict at every test."""
+    blurred = blur(torch.from_numpy(record.image)[None])[0].numpy()
     if args.observed:
         record.observe(record.image, kernel=blur.psf.numpy())
     else:
-        blurred = blur(torch.from_numpy(record.image)[None])[0].numpy()
         noise = utils.gaussian_noise(record.image.shape, args.sigma, args.seed)
         record.observe(
             blurred + noise, noise=noise, blurred=blurred, kernel=blur.psf.numpy()
@@ -147,19 +147,7 @@ def main(argv=None):
         )
     except utils.InputError as error:
         return utils.fail(error)
-    learner = Self2Self(
-        drop_rate=args.drop_rate,
-        lr=args.lr,
-        optimizer=args.optimizer,
-        bs=args.bs,
-        seed=args.seed,
-        device=args.device,
-        anneal=args.iteration if args.anneal else None,
-        average=args.average,
-        ratio=args.ratio,
-        start=args.start,
-        beta2=args.beta2,
-    )
+    learner = Self2Self(**utils.learner_settings(args))
     named = ("kernel_size", "kernel_sigma", "sigma", "drop_rate")
     run = utils.Run(args, DEFAULTS, named)
     blur = CircularBlur(psf)

@@ -13,7 +13,7 @@ DEFAULTS = {
     "observed": False,  # True: the image is noisy already, nothing is added
     "reference": None,  # clean image file to score an observed one against, or None
     # How it learns
-    "recipe": "paper",  # paper or fast: utils.RECIPES says what they change
+    "recipe": "paper",  # paper or fast: utils.RECIPES says what each decides, and wins
     "drop_rate": 0.3,  # p of the Bernoulli mask and of the dropout, in [0, 1)
     "iteration": 150000,  # training steps
     "lr": 1e-4,  # learning rate
@@ -53,19 +53,7 @@ def main(argv=None):
     """Run the script; return its exit status."""
     utils.tune_cpu()
     args = utils.parse_arguments(__doc__, DEFAULTS, argv)
-    learner = Self2Self(
-        drop_rate=args.drop_rate,
-        lr=args.lr,
-        optimizer=args.optimizer,
-        bs=args.bs,
-        seed=args.seed,
-        device=args.device,
-        anneal=args.iteration if args.anneal else None,
-        average=args.average,
-        ratio=args.ratio,
-        start=args.start,
-        beta2=args.beta2,
-    )
+    learner = Self2Self(**utils.learner_settings(args))
     run = utils.Run(args, DEFAULTS, named=("sigma", "drop_rate"))
     return run.restore(lambda record: restore(record, learner, args))
 

@@ -67,6 +67,9 @@ def number(kind, low, text, high=math.inf, include_low=True):
 positive_int = number(int, 1, "a whole number from 1")
 natural = number(int, 0, "a whole number from 0")
 positive = number(float, 0, "a number above 0", include_low=False)
+psf_side = number(int, 1, "a whole number from 1 to 4096", high=4097)
+psf_sigma = number(float, 1e-3, "a number from 0.001")
+seed = number(int, 0, "a whole number from 0 to 2**32 - 1", high=2**32)
 non_negative = number(float, 0, "a number from 0")
 rate = number(float, 0, "a rate in [0, 1)", high=1)
 
@@ -94,8 +97,8 @@ OPTIONS = {
     "sigma": Option(non_negative, "noise added: standard deviation, 0-255 scale"),
     "recipe": Option(str, "how it learns: see RECIPES", ("paper", "fast"), "{}".format),
     "drop_rate": Option(rate, "p of the Bernoulli mask and of the decoder's dropout"),
-    "kernel_size": Option(positive_int, "side of the Gaussian PSF, pixels"),
-    "kernel_sigma": Option(positive, "standard deviation of the Gaussian PSF, pixels"),
+    "kernel_size": Option(psf_side, "side of the Gaussian PSF, pixels"),
+    "kernel_sigma": Option(psf_sigma, "standard deviation of the Gaussian PSF, pixels"),
     "kernel": Option(
         str, "file of any other PSF: .mat, .npy or an image", label=file_label
     ),
@@ -112,7 +115,7 @@ OPTIONS = {
         positive_int, "predictions averaged", label="num_prediction{}".format
     ),
     "seed": Option(
-        natural, "seed of noise, weights, masks and dropout", label="seed{}".format
+        seed, "seed of noise, weights, masks and dropout", label="seed{}".format
     ),
     "crop": Option(
         natural,
@@ -179,6 +182,11 @@ def parse_arguments(description, defaults, argv=None):
             kind = {"type": option.type, "choices": option.choices}
         text = f"{option.help} (default: {default})"
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
+    # The script's own values pass the same checks as those of the command line.
+    written = [
+        f"--{k}={v}" for k, v in defaults.items() if type(v) in (str, int, float)
+    ]
+    defaults = defaults | vars(parser.parse_args(written))
     explicit = vars(parser.parse_args(argv))
     recipe = RECIPES[explicit.get("recipe", defaults["recipe"])]
     args = argparse.Namespace(**(defaults | recipe | explicit))
@@ -186,16 +194,26 @@ def parse_arguments(description, defaults, argv=None):
         args.device = choose_device(args.device)
         if args.reference and not args.observed:
             raise InputError("--reference goes with --observed")
+        if not args.model_type or Path(args.model_type).name != args.model_type:
+            raise InputError(f"--model_type {args.model_type!r}: no name of a folder")
     except InputError as error:
         parser.error(error)
     return args
+
+
+def learner_settings(args):
+    """Return what network.Self2Self is made with, from the options' values."""
+    names = ("drop_rate", "lr", "optimizer", "bs", "seed", "device")
+    names += ("average", "ratio", "start", "beta2")
+    settings = {name: getattr(args, name) for name in names}
+    return settings | {"anneal": args.iteration if args.anneal else None}
 
 
 def choose_device(name):
     """Turn auto, cpu, cuda, cuda:N or mps into a torch.device that is there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
         raise InputError(f"unknown device {name!r}: auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -295,6 +313,7 @@ def decode(path):
         turned = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
         with silent_decoder():
             try:
+                pages = cv2.imcount(str(path))
                 pixels = cv2.imdecode(data, turned if jpeg else cv2.IMREAD_UNCHANGED)
             except cv2.error:
                 pixels = None
@@ -303,6 +322,8 @@ def decode(path):
             "is damaged, or not a PNG, JPEG or TIFF image" if data.size else "is empty"
         )
         raise InputError(f"{path} {what}")
+    if pages > 1:
+        raise InputError(f"{path}: {pages} pages; save the one to restore by itself")
     return pixels
 
 
@@ -322,6 +343,10 @@ def read_picture(path, crop=0, folder=None):
     if pixels.dtype not in (np.uint8, np.uint16, np.float32, np.float64):
         raise InputError(f"{path}: {pixels.dtype} pixels; convert it to 8 or 16 bits")
     pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if path.suffix.lower() in (".jpg", ".jpeg") and (
+        pixels.dtype != np.uint8 or pixels.shape[2] == 4
+    ):
+        raise InputError(f"{path}: no JPEG, whatever its name says; rename it")
     height, width, channels = pixels.shape
     if crop:
         top, left = max(0, height - crop) // 2, max(0, width - crop) // 2
@@ -335,7 +360,9 @@ def read_picture(path, crop=0, folder=None):
         )
     color, alpha = pixels[..., :3], pixels[..., 3] if channels == 4 else None
     image = color[..., ::-1].transpose(2, 0, 1) / peak(pixels.dtype)
-    if not np.isfinite(image).all():
+    if alpha is not None and (color == color[..., :1]).all():
+        image = image[:1]  # gray with alpha comes as four channels
+    if not np.isfinite(pixels).all():
         raise InputError(f"{path}: it holds NaN or infinite pixels")
     if abs(image).max() > 2:
         raise InputError(
@@ -344,7 +371,7 @@ def read_picture(path, crop=0, folder=None):
     bundled = folder is not None
     return Picture(
         path.stem if bundled else path.name,
-        folder if bundled else path.resolve().parent.name or "root",
+        folder if bundled else path.parent.resolve().name or "root",
         np.ascontiguousarray(image, np.float32),
         alpha,
         pixels.dtype,
@@ -361,6 +388,8 @@ def find_images(path):
     Raises:
         InputError: there are none.
     """
+    if not path:
+        raise InputError("--path is empty")
     given = Path(path)
     if given.is_dir():
         files = sorted(f for f in given.iterdir() if not f.name.startswith("."))
@@ -382,7 +411,7 @@ def find_images(path):
     if path in bundled:
         return [(bundled[path], "skimage")]
     raise InputError(
-        f"{path or repr(path)}: no such file or folder, nor an image of scikit-image "
+        f"{path}: no such file or folder, nor an image of scikit-image "
         f"({', '.join(sorted(bundled))})"
     )
 
@@ -444,16 +473,17 @@ class Record:
     """
 
     def __init__(self, run, file, folder):
-        self.run, self.args = run, run.args
+        self.run, self.args, self.file, self.failed = run, run.args, file, False
         self.picture = read_picture(file, self.args.crop, folder)
         self.image = self.picture.image
         if self.args.reference:
-            self.clean = read_picture(self.args.reference, self.args.crop).image
-            if self.clean.shape != self.image.shape:
+            clean, image = (read_picture(f).image for f in (self.args.reference, file))
+            if clean.shape != image.shape:
                 raise InputError(
-                    f"{self.args.reference}: {describe(self.clean)}, but {file} is "
-                    f"{describe(self.image)}"
+                    f"{self.args.reference}: {describe(clean)}, but {file} is "
+                    f"{describe(image)}"
                 )
+            self.clean = read_picture(self.args.reference, self.args.crop).image
         else:
             self.clean = None if self.args.observed else self.image
         self.name = f"{self.picture.folder}/{self.picture.name}"
@@ -521,7 +551,7 @@ class Record:
         self.rows.clear()
         for file in self.folder.glob("Self2Self-*.png"):
             file.unlink()
-        note = f"{told}: started over, other weights, learning rate {learner.lr:g}"
+        note = f"{told}: started over at the mean, learning rate {learner.lr:g}"
         self.notes.append(note)
         tqdm.write(note)
 
@@ -567,8 +597,8 @@ class Record:
         )
         if total > 3600 and self.args.device.type == "cpu":
             tqdm.write(
-                "That is long, on a CPU. Shorter: --iteration 2000, --crop 128, a rarer "
-                "--test_frequency, a smaller --num_prediction; or a GPU."
+                "That is long, on a CPU. Shorter: --recipe fast, --iteration 2000, "
+                "--crop 128, a rarer --test_frequency; or a GPU."
             )
 
     def _identity(self):
@@ -582,7 +612,7 @@ class Record:
             earlier = json.loads((self.folder / "record.json").read_text())
         except (OSError, ValueError):
             earlier = None
-        if earlier is not None:
+        if isinstance(earlier, dict):
             if all(earlier.get(k) == v for k, v in self._identity().items()):
                 tqdm.write(f"{self.folder}: replacing the earlier results")
             else:
@@ -606,6 +636,8 @@ class Record:
 
     def _finish(self):
         """Write the restored image, and the comparison."""
+        if not self.rows or self.rows[-1][0] != self.args.iteration:
+            raise TrainingError(f"{self.name}: the output is not finite; lower --lr")
         path = self.folder / f"restored{self.picture.suffix}"
         self.picture.save(path, self.restored)
         panels = [("observation", self.observation, self.observed)]
@@ -662,8 +694,11 @@ class Run:
                 raise InputError("--reference goes with one image, not with a folder")
             check_writable("images")
             check_writable(self.log.parent)
+            self._check_log([file for file, _ in files])
         except InputError as error:
             return fail(error)
+        except OSError as error:
+            return fail(f"{self.args.path}: {error.strerror}")
         for file, folder in files:
             try:
                 restore(Record(self, file, folder))
@@ -672,7 +707,8 @@ class Run:
             except OSError as error:
                 told = f"{error.filename or file}: {error.strerror or error}"
             except (MemoryError, RuntimeError) as error:
-                if "alloc" not in str(error) and "memory" not in str(error):
+                known = MemoryError, torch.OutOfMemoryError
+                if not isinstance(error, known) and "t allocate" not in str(error):
                     raise
                 told = (
                     f"{file}: out of memory; a --crop, a smaller --bs, or --device cpu"
@@ -684,9 +720,22 @@ class Run:
                 continue
             fail(told)
             self.failed.append(file)
+            if self.records and self.records[-1].file == file:
+                self.records[-1].failed = True
+                self.records[-1].notes.append(f"failed: {told}")
         if self.records:
             print(self.summary())
         return (1 if self.started else 2) if self.failed else 0
+
+    def _check_log(self, files):
+        """Raise InputError where a log file would take a folder's or an input's place."""
+        inputs = [*files, self.args.reference, getattr(self.args, "kernel", None)]
+        inputs = {Path(file).resolve() for file in inputs if file}
+        for path in (self.log, self.csv, self.curves):
+            if path.is_dir() or path.resolve() in inputs:
+                raise InputError(
+                    f"--log_path {self.log}: {path} is a folder or an input"
+                )
 
     def begin(self, record):
         """Log an image whose training starts now."""
@@ -699,8 +748,9 @@ class Run:
 
     def summary(self):
         """Average the last scores over the images."""
-        last = [r.rows[-1][2:4] for r in self.records if r._scored()]
-        text = f"{len(self.records)} image{'s' * (len(self.records) != 1)}"
+        going = [r for r in self.records if not r.failed]
+        last = [r.rows[-1][2:4] for r in going if r._scored()]
+        text = f"{len(going)} image{'s' * (len(going) != 1)}"
         if last:
             psnr, ssim = np.mean(last, 0)
             text += f", average PSNR {psnr:.3f} dB, SSIM {ssim:.4f}"

@@ -140,7 +140,7 @@ class Self2Self:
         self.drop_rate, self.bs, self.seed = drop_rate, bs, seed
         self.initial_lr, self.optimizer_name = lr, optimizer
         self.anneal, self.average = anneal, average
-        self.ratio, self.start, self.beta2 = ratio, start, beta2
+        self.ratio, self.initial_start, self.beta2 = ratio, start, beta2
         self.device = torch.device(device)
         self.y = None
 
@@ -155,12 +155,12 @@ class Self2Self:
             forward_operator: A, of y = A(x) + n, from and to (N, C, H, W): the identity
                 for denoising.
         """
-        self.attempt, self.lr = 0, self.initial_lr
+        self.attempt, self.lr, self.start = 0, self.initial_lr, self.initial_start
         self._start(observation, forward_operator)
 
     def begin_again(self):
-        """Start over on the same image: other weights, half the learning rate."""
-        self.attempt, self.lr = self.attempt + 1, self.lr / 2
+        """Start over: other weights, begun at the mean, and half the learning rate."""
+        self.attempt, self.lr, self.start = self.attempt + 1, self.lr / 2, "mean"
         self._start(self.y[0].clone(), self.forward_operator)
 
     def _start(self, observation, forward_operator):
@@ -189,8 +189,8 @@ class Self2Self:
         self.optimizer.param_groups[0]["lr"].fill_(self.lr)
         self.masks.seed(self.seed, 0)
         self.step = self.loss_steps = 0
-        for total in (self.loss_sum, self.recent, self.spread):
-            total.zero_()
+        for watched in (self.loss_sum, self.recent, self.spread, self.slope):
+            watched.zero_()
 
     def _build(self, y, forward_operator, network):
         """Make what lasts as long as the shape: the tensors that a captured step uses."""
@@ -209,7 +209,8 @@ class Self2Self:
             weight.grad = torch.zeros_like(weight)
         self.optimizer.step()  # makes Adam's averages: from here on all is in place
         self.averaged = copy.deepcopy(self.network) if self.average else None
-        self.loss_sum, self.recent, self.spread = torch.zeros(3, device=self.device)
+        zeros = torch.zeros(4, device=self.device)
+        self.loss_sum, self.recent, self.spread, self.slope = zeros
         self.masks = BernoulliMasks(self.device)
         self.graph = None
 
@@ -221,7 +222,8 @@ class Self2Self:
         weights = [*self.network.parameters()]
         if self.average:
             weights += self.averaged.parameters()
-        return [*weights, *adam, self.loss_sum, self.recent, self.spread]
+        watched = [self.loss_sum, self.recent, self.spread, self.slope]
+        return [*weights, *adam, *watched]
 
     def state_dict(self):
         """All that the coming steps depend on, as tensors and numbers."""
@@ -286,22 +288,22 @@ class Self2Self:
 
     def recent_loss(self):
         """Running mean of the loss over about 20 steps. Reads the device."""
-        return self.recent.item()
+        return self.recent.item() / (1 - 0.95 ** max(1, self.step))
 
     def alive(self):
         """Tell whether the network still learns; to be asked after 100 steps or more.
 
-        Dead are a loss that is not finite, a flat prediction that errs by more than the
-        noise, and one that varies more than the observation does and errs by more than
-        twice its variance. Neighbouring entries' differences bound the noise, so that a
-        flat image's flat prediction is alive.
+        Dead are a loss that is not finite; a prediction on the sigmoid's flat ends,
+        where no gradient passes, that errs by more than the noise (which neighbouring
+        entries' differences bound: a black picture's black prediction is alive); and
+        one that swings by more than the observation and errs by twice its variance.
         """
-        loss, spread = self.recent.item(), self.spread.item()
+        loss, slope, spread = self.recent_loss(), self.slope.item(), self.spread.item()
         noise = (self.y.diff(dim=-1) ** 2).mean().item() / 2
         variance = self.y.var((2, 3)).max().item()
-        flat = spread < 1e-3 and loss > 1.1 * noise
-        wild = spread**2 > variance and loss > 2 * variance
-        return math.isfinite(loss) and not flat and not wild
+        stuck = slope < 1e-5 and loss > 1.1 * noise
+        wild = spread**2 > max(variance, 0.01) and loss > 2 * variance
+        return math.isfinite(loss) and not stuck and not wild
 
     def _sample(self, network, masks, n):
         """Predict from n Bernoulli samples of y.
@@ -325,7 +327,9 @@ class Self2Self:
         self.optimizer.step()
         self.loss_sum += loss.detach()
         self.recent.lerp_(loss.detach(), 0.05)
-        self.spread.copy_(prediction.detach().std((2, 3)).max())
+        prediction = prediction.detach()
+        self.spread.copy_(prediction.std((2, 3)).max())
+        self.slope.copy_((prediction * (1 - prediction)).mean())
         if self.average:
             pairs = self.averaged.parameters(), self.network.parameters()
             with torch.no_grad():
@@ -342,6 +346,6 @@ class Self2Self:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self.masks.generator)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self._train()
         self.load_state_dict(before)

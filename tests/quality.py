@@ -36,8 +36,8 @@ BUNDLED = ("camera", "brick", "coins", "astronaut", "chelsea", "coffee")
 SCRIPTS = {"denoise": denoise, "deblur": deblur}
 
 
-def settings(task, text, steps):
-    """Return the learner's settings and the number of steps of a recipe."""
+def settings(task, text, steps, seed, device):
+    """Return the options' values that a recipe and a number of steps stand for."""
     name, *changes = text.split(",")
     defaults = SCRIPTS[task].DEFAULTS | utils.RECIPES["paper"]
     values = defaults | utils.RECIPES[name]
@@ -46,21 +46,27 @@ def settings(task, text, steps):
             values[change[1:]] = defaults[change[1:]]
         else:
             key, value = change.split("=")
-            values[key] = type(values[key])(value)
-    values["iteration"] = steps or values["iteration"]
-    keys = ("drop_rate", "lr", "optimizer", "bs", "average", "ratio", "start", "beta2")
-    chosen = {k: values[k] for k in keys}
-    chosen["anneal"] = values["iteration"] if values["anneal"] else None
-    return chosen, values["iteration"], values["num_prediction"]
+            values[key] = type(values[key])(json.loads(value))
+    values |= {"iteration": steps or values["iteration"]}
+    values |= {"seed": seed, "device": device}
+    return argparse.Namespace(**values)
 
 
-def identity(x):
-    """The forward operator of denoising."""
-    return x
+def learn(learner, y, operator, clean, args):
+    """Return PSNR, SSIM, seconds and whether the network lived of one run."""
+    started = time.perf_counter()
+    learner.begin(y, operator)
+    lived = True
+    for step in range(1, args.iteration + 1):
+        learner.train_step()
+        lived = lived and (step % 100 != 0 or learner.alive())
+    restored = learner.predict(args.num_prediction)
+    seconds = time.perf_counter() - started
+    return [*utils.score(restored, clean), seconds, lived]
 
 
-def denoise_classically(y, clean, sigma):
-    """Scores of non-local means and total variation, each at its best parameter."""
+def denoise_classically(y, sigma):
+    """Results of non-local means and total variation, (C, H, W), over a parameter."""
     y, s, axis = y.transpose(1, 2, 0), sigma / 255, -1
     means = [
         denoise_nl_means(y, 5, 9, h * s, sigma=s, fast_mode=True, channel_axis=axis)
@@ -69,11 +75,15 @@ def denoise_classically(y, clean, sigma):
     variation = [
         denoise_tv_chambolle(y, w * s, channel_axis=axis) for w in (0.6, 0.9, 1.2, 1.6)
     ]
-    return {"non-local means": means, "total variation": variation}
+    results = {"non-local means": means, "total variation": variation}
+    return {
+        k: [np.moveaxis(x.reshape(y.shape), -1, 0) for x in v]
+        for k, v in results.items()
+    }
 
 
-def deblur_classically(y, clean, psf):
-    """Scores of Wiener's and Richardson-Lucy's methods, each at its best parameter.
+def deblur_classically(y, psf):
+    """Results of Wiener's and Richardson-Lucy's methods, (C, H, W), over a parameter.
 
     scikit-image's work on one plane, and not circularly: the image is wrapped around.
     """
@@ -82,7 +92,7 @@ def deblur_classically(y, clean, psf):
 
     def planes(method):
         done = np.stack([method(plane.astype(np.float64)) for plane in wrapped])
-        return done[:, around:-around, around:-around].transpose(1, 2, 0)
+        return done[:, around:-around, around:-around]
 
     wieners = [
         planes(lambda plane, b=balance: wiener(plane, psf, b, clip=False))
@@ -93,6 +103,17 @@ def deblur_classically(y, clean, psf):
         for n in (2, 4, 7, 12, 20, 35)
     ]
     return {"Wiener": wieners, "Richardson-Lucy": richardson}
+
+
+def classical(y, known, clean):
+    """Return each method's best PSNR and SSIM; known is the PSF, or the noise's sigma."""
+    by_method = (denoise_classically if np.isscalar(known) else deblur_classically)(
+        y, known
+    )
+    return {
+        name: max(utils.score(x, clean) for x in results)
+        for name, results in by_method.items()
+    }
 
 
 def main():
@@ -115,80 +136,62 @@ def main():
     scores = json.loads(out.read_text()) if out.exists() else {}
     names = [args.images] if args.images else BUNDLED
     files = [found for name in names for found in utils.find_images(name)]
-    operator, psf = identity, None
+    operator, psf = denoise.identity, None
     if args.task == "deblur":
         psf = deblur.gaussian_psf(15, 1.0)
         psf = deblur.read_psf(args.kernel) if args.kernel else psf
         operator = deblur.CircularBlur(psf)
     blur_name = (args.kernel or "Gaussian") if args.task == "deblur" else "-"
 
-    def keep(key, values):
-        scores["|".join(map(str, key))] = values
-        utils.write_atomically(out, json.dumps(scores, indent=0).encode())
+    def measured(key, measure, *arguments):
+        """Measure what is not known yet, and keep it."""
+        key = "|".join(map(str, key))
+        if key not in scores:
+            scores[key] = measure(*arguments)
+            utils.write_atomically(out, json.dumps(scores, indent=0).encode())
+            print(key, scores[key])
+        return scores[key]
 
-    tables = {}
-    recipes = list(itertools.product(args.recipes, args.steps))
-    learners = {}
-    for sigma, seed, (file, folder) in itertools.product(
-        args.sigmas, args.seeds, files
-    ):
+    tables, learners = {}, {}
+    cases = itertools.product(args.sigmas, args.seeds, files)
+    for sigma, seed, (file, folder) in cases:
         picture = utils.read_picture(file, args.crop, folder)
         clean = picture.image
         blurred = operator(torch.from_numpy(clean)[None])[0].numpy()
         y = blurred + utils.gaussian_noise(clean.shape, sigma, seed)
         case = (args.task, blur_name, sigma)
-        place = (*case, f"{picture.folder}/{picture.name}", args.crop, seed)
-        done = {"observation": [*utils.score(y, clean), 0.0]}
-        for text, steps in recipes:
-            chosen, steps, count = settings(args.task, text, steps)
-            key = (*place, text, steps)
-            if "|".join(map(str, key)) not in scores:
-                learner = learners.setdefault(
-                    (text, steps, seed), Self2Self(seed=seed, device=device, **chosen)
-                )
-                started = time.perf_counter()
-                learner.begin(y, operator)
-                for _ in range(steps):
-                    learner.train_step()
-                restored = learner.predict(count)
-                seconds = time.perf_counter() - started
-                keep(key, [*utils.score(restored, clean), seconds])
-                print(*key, *(f"{v:.4g}" for v in scores["|".join(map(str, key))]))
-            done[f"{text} {steps}"] = scores["|".join(map(str, key))]
-        key = (*place, "classical")
-        if "|".join(map(str, key)) not in scores:
-            if args.task == "denoise":
-                tried = denoise_classically(y, clean, sigma)
-            else:
-                tried = deblur_classically(y, clean, psf)
-            best = {
-                name: max(
-                    utils.score(
-                        x.reshape(y.shape[1:] + y.shape[:1]).transpose(2, 0, 1), clean
-                    )
-                    for x in images
-                )
-                for name, images in tried.items()
-            }
-            keep(key, {name: [*value, 0.0] for name, value in best.items()})
-        done |= scores["|".join(map(str, key))]
-        for name, values in done.items():
-            tables.setdefault(case, {}).setdefault(name, []).append(values)
+        place = (*case, picture.folder, picture.name, args.crop, seed, device.type)
+        rows = tables.setdefault(case, {})
+        values = [*utils.score(y, clean), 0.0, True]
+        rows.setdefault("observation", []).append(values)
+        for text, steps in itertools.product(args.recipes, args.steps):
+            chosen = settings(args.task, text, steps, seed, device)
+            made_with = utils.learner_settings(chosen)
+            learner = learners.setdefault(str(made_with), Self2Self(**made_with))
+            values = measured(
+                (*place, chosen.iteration, chosen.num_prediction, made_with),
+                *(learn, learner, y, operator, clean, chosen),
+            )
+            rows.setdefault(f"{text}, {chosen.iteration} steps", []).append(values)
+
+        known = sigma if psf is None else psf
+        values = measured((*place, "classical"), classical, y, known, clean)
+        for name, (psnr, ssim) in values.items():
+            rows.setdefault(name, []).append([psnr, ssim, 0.0, True])
 
     for case, rows in tables.items():
-        print(f"\n{case[0]}, PSF {case[1]}, sigma {case[2]:g}: {len(done)} rows,")
-        print(f"{len(files)} images, seeds {args.seeds}, {args.crop} crops, {device}\n")
-        print(
-            "| method | PSNR, dB | SSIM | lowest PSNR | spread of seeds, dB | seconds |"
-        )
-        print("|---|---|---|---|---|---|")
+        print(f"\n{case[0]}, PSF {case[1]}, sigma {case[2]:g}; {len(files)} images,")
+        print(f"{args.crop} crops, seeds {args.seeds}, {device}\n")
+        print("| method | PSNR, dB | SSIM | lowest | seeds' spread | seconds | died |")
+        print("|---|---|---|---|---|---|---|")
         for name, values in rows.items():
-            values = np.array(values)
-            psnr, ssim, seconds = values.mean(0)
+            values = np.array(values, float)
+            psnr, ssim, seconds, lived = values.mean(0)
             runs = values[:, 0].reshape(len(args.seeds), -1)  # seed, image
             spread = runs.mean(1).std(ddof=1) if len(runs) > 1 else float("nan")
             cells = f"{psnr:.2f}", f"{ssim:.4f}", f"{runs.min():.2f}", f"{spread:.2f}"
-            print("|", " | ".join([name, *cells, f"{seconds:.1f}"]), "|")
+            died = f"{(1 - lived) * len(values):.0f}"
+            print("|", " | ".join([name, *cells, f"{seconds:.1f}", died]), "|")
 
 
 if __name__ == "__main__":

@@ -647,6 +647,14 @@ def test_full_windows_scaled_by_one():
     torch.testing.assert_close(layer(x, torch.ones_like(x))[0], expected)
 
 
+def test_a_network_that_a_dark_picture_kills_lives_at_the_second_start():
+    learner = begun(0.02 + 0.15 * random_image(1, 32, 32), lr=1e-4)
+    assert not train(learner, 100).alive()
+    learner.begin_again()
+    assert train(learner, 100).alive()
+    assert learner.recent_loss() < 0.004
+
+
 def test_a_flat_images_flat_prediction_is_alive_and_a_saturated_one_dead():
     noise = 0.1 * torch.randn(1, 32, 32, generator=seeded())
     ramp = torch.linspace(0, 1, 32).expand(1, 32, 32)

@@ -127,7 +127,7 @@ def test_a_network_that_dies_starts_over(capsys, monkeypatch):
     monkeypatch.setattr(utils, "ATTEMPTS", 1)
     assert run("denoise", flags) == 1
     out, err = capsys.readouterr()
-    assert "by step 100: started over, other weights, learning rate 0.05" in out
+    assert "by step 100: started over at the mean, learning rate 0.05" in out
     assert "by step 100; a lower --lr than 0.1 cures it" in err
     assert "started over" in Path("logs/denoise/log.txt").read_text()
 
@@ -263,6 +263,22 @@ def test_same_settings_replace_and_others_are_kept(capsys):
     assert files(results.with_name(results.name + "~1")) == before
 
 
+def test_edited_defaults_are_checked_like_flags(monkeypatch, capsys):
+    write("in/a.png")
+    monkeypatch.setitem(denoise.DEFAULTS, "sigma", 10)
+    assert run("denoise", "--path in/a.png") == 0
+    assert Path("images/in/a.png/denoise/10.0_0.3_num_prediction2").exists()
+    monkeypatch.setitem(denoise.DEFAULTS, "drop_rate", 1.5)
+    assert run("denoise", "--path in/a.png") == 2
+    assert "--drop_rate" in capsys.readouterr().err
+
+
+def test_output_that_is_not_finite_is_no_result(capsys):
+    assert run("denoise", "--path camera --crop 32 --lr 1e30") == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not list(Path("images").rglob("restored.png"))
+
+
 def test_record_states_the_settings():
     write("in/a.png")
     assert run("denoise", "--path in/a.png --lr 0.002") == 0
@@ -306,6 +322,17 @@ def bad_inputs():
         ("--path good.png --observed --reference small.png", "small.png"),
         ("--path good.png --observed --reference rgb.png", "colour"),
         ("--path good.png --log_path text.txt/log.txt", "text.txt"),
+        ("--path good.png --log_path empty", "empty is a folder"),
+        ("--path good.png --log_path good.txt", "good.png is a folder or an input"),
+        ("--path ''", "--path is empty"),
+        (f"--path {'a' * 300}", "File name too long"),
+        ("--path pages.tif", "2 pages"),
+        ("--path rgba.jpg", "no JPEG"),
+        ("--seed -1", "--seed"),
+        ("--seed 99999999999999999999", "--seed"),
+        ("--model_type ../x", "--model_type"),
+        ("--recipe quick", "--recipe"),
+        ("--path good.png --observed --reference big.png --crop 32", "64x64"),
     ):
         yield "denoise", flags, words
     for flags, words in (
@@ -318,6 +345,8 @@ def bad_inputs():
         ("--kernel text.mat", "text.mat: no PSF can be read"),
         ("--kernel cut.png", "cut.png is damaged"),
         ("--path good.png --kernel_size 33", "larger than the image of 32x32"),
+        ("--path good.png --kernel_size 33 --observed", "larger than the image"),
+        ("--kernel_size 1000000", "--kernel_size"),
         ("--kernel_size 0", "--kernel_size"),
         ("--kernel_sigma 0", "--kernel_sigma"),
     ):
@@ -334,6 +363,10 @@ def bad_files():
     write("good.png")
     write("rgb.png", channels=3)
     write("small.png", side=31)
+    write("big.png", side=64)
+    write("rgba.png", channels=4)
+    Path("rgba.png").rename("rgba.jpg")
+    cv2.imwritemulti("pages.tif", [np.zeros((32, 32), np.uint8)] * 2)
     for suffix in (".png", ".jpg", ".tif"):
         write("whole" + suffix)
         data = Path("whole" + suffix).read_bytes()

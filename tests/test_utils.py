@@ -53,6 +53,16 @@ def test_jpeg_round_trip(tmp_path, channels):
     assert abs(back.astype(int) - smooth).mean() < 2
 
 
+def test_gray_with_alpha_is_one_channel(tmp_path):
+    gray, alpha = pixels("uint8", 1), pixels("uint8", 1)
+    cv2.imwrite(str(tmp_path / "a.png"), np.dstack([gray, gray, gray, alpha]))
+    picture = utils.read_picture(tmp_path / "a.png")
+    assert picture.image.shape == (1, 37, 41)
+    picture.save(tmp_path / "out.png", picture.image)
+    back = cv2.imread(str(tmp_path / "out.png"), cv2.IMREAD_UNCHANGED)
+    assert (back == np.dstack([gray, gray, gray, alpha])).all()
+
+
 def test_colours_are_red_green_blue(tmp_path):
     blue = np.zeros((32, 32, 3), np.uint8)
     blue[..., 0] = 255  # OpenCV's first channel
