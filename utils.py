@@ -519,6 +519,7 @@ class Record:
         """
         started = time.perf_counter()
         first = LOSS_EVERY if self.args.device.type == "cuda" else 10
+        first = min(first, max(2, self.args.test_frequency - 1))  # tests take longer
         bar = tqdm(total=self.args.iteration, desc=self.name, unit="step")
         step = 0
         with bar:
@@ -699,6 +700,7 @@ class Run:
             return fail(error)
         except OSError as error:
             return fail(f"{self.args.path}: {error.strerror}")
+        files = [f for f in files if len(files) == 1 or self._readable(*f)]
         for file, folder in files:
             try:
                 restore(Record(self, file, folder))
@@ -726,6 +728,16 @@ class Run:
         if self.records:
             print(self.summary())
         return (1 if self.started else 2) if self.failed else 0
+
+    def _readable(self, file, folder):
+        """Look at one of many images before any training, and report a bad one."""
+        try:
+            read_picture(file, self.args.crop, folder)
+        except InputError as error:
+            fail(error)
+            self.failed.append(file)
+            return False
+        return True
 
     def _check_log(self, files):
         """Raise InputError where a log file would take a folder's or an input's place."""
