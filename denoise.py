@@ -22,6 +22,7 @@ DEFAULTS = {
     "seed": 0,  # of noise, weights, masks and dropout
     "device": "auto",  # auto, cpu, cuda, cuda:N or mps
     # What it predicts and writes
+    "resume": False,  # True: go on from the checkpoint of an interrupted run
     "test_frequency": 1000,  # steps between ensemble predictions
     "num_prediction": 100,  # predictions averaged
     "model_type": "denoise",  # name of the results folder

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import re
+import shlex
+import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -35,6 +37,7 @@ from tqdm import tqdm
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SMALLEST_SIDE = 32  # pixels: five poolings
 LOSS_EVERY = 100  # steps between two looks at the loss
+SAVE_EVERY = 300  # seconds between two checkpoints, at most
 ATTEMPTS = 4  # networks that may die before an image is given up
 
 
@@ -44,6 +47,10 @@ class InputError(Exception):
 
 class TrainingError(Exception):
     """The training of an image cannot go on."""
+
+
+class Stopped(Exception):
+    """The user or the system asked the run to stop; its state is saved."""
 
 
 # --- options -------------------------------------------------------------------------
@@ -126,6 +133,7 @@ OPTIONS = {
         bool, "the image IS the observation: simulate nothing", label="observed".format
     ),
     "reference": Option(str, "clean image to score an --observed one against"),
+    "resume": Option(bool, "go on from the checkpoint of an interrupted run"),
     "device": Option(str, "auto, cpu, cuda, cuda:N or mps"),
     "model_type": Option(str, "name of the results folder"),
     "log_path": Option(str, "log file; its CSV and curves stand beside it"),
@@ -461,8 +469,9 @@ def save_mat(path, **arrays):
 
 OWN_FILES = (
     *("noisy.png", "noise.mat", "blurred.png", "kernel.mat", "record.json"),
-    *("Self2Self-*.png", "restored.*", "comparison.png"),
+    *("Self2Self-*.png", "restored.*", "comparison.png", "checkpoint*.pt"),
 )
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 
 
 class Record:
@@ -499,7 +508,13 @@ class Record:
         """
         self.observation = observation
         self.observed = None if self.clean is None else score(observation, self.clean)
-        self._clear()
+        saved = self._load() if self.args.resume else None
+        if saved is None:
+            self._clear()
+        else:
+            self.rows, self.notes = list(map(tuple, saved["rows"])), saved["notes"]
+            self.seconds, self.restored = saved["seconds"], saved["restored"].numpy()
+        self.saved = saved
         self._write_record()
         self.picture.save(self.folder / "noisy.png", observation)
         if "blurred" in parts:
@@ -517,30 +532,46 @@ class Record:
         Args:
             learner: the network.Self2Self that the loop trains.
         """
-        started = time.perf_counter()
+        step = 0
+        if self.saved is not None:
+            learner.load_state_dict(self.saved["learner"])
+            step = self.saved["step"]
+            finished = step >= self.args.iteration
+            if finished and (self.folder / "comparison.png").exists():
+                tqdm.write(f"{self.name}: finished already, at step {step}")
+                self.run.write_log(curves=True)
+                return
+            tqdm.write(f"{self.name}: going on from step {step}")
+        begun, started = step, time.perf_counter() - self.seconds
+        saved = time.perf_counter()
         first = LOSS_EVERY if self.args.device.type == "cuda" else 10
         first = min(first, max(2, self.args.test_frequency - 1))  # tests take longer
-        bar = tqdm(total=self.args.iteration, desc=self.name, unit="step")
-        step = 0
+        bar = tqdm(total=self.args.iteration, desc=self.name, unit="step", initial=step)
         with bar:
             while step < self.args.iteration:
                 step += 1
                 yield step
                 bar.update()
                 self.seconds = time.perf_counter() - started
-                if step == 1:
+                if step == begun + 1:
                     warm = time.perf_counter()
-                elif step == first:
+                elif step == begun + first:
                     learner.recent_loss()  # waits for the device
                     self._announce((time.perf_counter() - warm) / (first - 1))
                 if step % LOSS_EVERY == 0 or self.is_test(step):
                     if step >= LOSS_EVERY and not learner.alive():
                         self._restart(learner, step)
-                        step = 0
+                        step = begun = 0
                         bar.reset()
                         continue
                     psnr = f", {self.rows[-1][2]:.2f} dB" if self._scored() else ""
                     bar.set_postfix_str(f"loss {learner.recent_loss():.5f}{psnr}")
+                late = time.perf_counter() - saved > SAVE_EVERY
+                if late or self.run.stopped or self.is_test(step):
+                    self._save(learner, step)
+                    saved = time.perf_counter()
+                if self.run.stopped:
+                    raise Stopped(f"{self.name}: stopped at step {step}")
         self._finish()
 
     def _restart(self, learner, step):
@@ -587,6 +618,54 @@ class Record:
 
     def _scored(self):
         return self.rows and self.rows[-1][2] is not None
+
+    def _made_from(self):
+        """Say, by name, all that a checkpoint depends on."""
+        pixels = hashlib.sha256(self.observation.tobytes()).hexdigest()
+        device = self.args.device.type
+        return self.run.identity | {"image or noise": pixels, "device": device}
+
+    def _save(self, learner, step):
+        """Write a checkpoint; the one before is kept until this one is whole."""
+        restored = np.zeros(0) if self.restored is None else self.restored
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "made_from": self._made_from(),
+                "step": step,
+                "rows": self.rows,
+                "notes": self.notes,
+                "seconds": self.seconds,
+                "restored": torch.from_numpy(restored),
+                "learner": learner.state_dict(),
+            },
+            buffer,
+        )
+        newest, previous = (self.folder / name for name in CHECKPOINTS)
+        if newest.exists():
+            os.replace(newest, previous)
+        write_atomically(newest, buffer.getvalue())
+
+    def _load(self):
+        """Return the newest checkpoint that is whole, or None where there is none."""
+        for path in (self.folder / name for name in CHECKPOINTS):
+            if not path.exists():
+                continue
+            try:
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                before = saved["made_from"]
+            except Exception:  # noqa: BLE001 - a damaged file fails in many ways
+                tqdm.write(f"{path}: damaged, or no checkpoint; left aside")
+                continue
+            now = self._made_from()
+            other = [key for key in now if key not in before or before[key] != now[key]]
+            if other:
+                raise InputError(
+                    f"{path}: the checkpoint is of another {', another '.join(other)}; "
+                    "without --resume the run starts over"
+                )
+            return saved
+        return None
 
     def _announce(self, seconds_per_step):
         """Say how long the image will take."""
@@ -650,6 +729,7 @@ class Record:
         print(f"{path}")
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMNS = ("image", "step", "loss", "psnr", "ssim", "seconds")
 
 
@@ -681,7 +761,7 @@ class Run:
         self.log = Path(args.log_path)
         stem = self.log.name.removesuffix(".txt")
         self.csv, self.curves = (self.log.with_name(stem + e) for e in (".csv", ".png"))
-        self.started = False
+        self.started, self.stopped = False, None
 
     def restore(self, restore):
         """Restore every image of --path; return the process's exit status.
@@ -701,6 +781,20 @@ class Run:
         except OSError as error:
             return fail(f"{self.args.path}: {error.strerror}")
         files = [f for f in files if len(files) == 1 or self._readable(*f)]
+        handlers = {s: signal.signal(s, self._stop) for s in SIGNALS}
+        try:
+            return self._restore_each(files, restore)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number, _):
+        """Stop after the step, the first time; at once, the second."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = number
+
+    def _restore_each(self, files, restore):
         for file, folder in files:
             try:
                 restore(Record(self, file, folder))
@@ -715,8 +809,12 @@ class Run:
                 told = (
                     f"{file}: out of memory; a --crop, a smaller --bs, or --device cpu"
                 )
+            except Stopped as stop:
+                command = shlex.join([*sys.argv, "--resume"])
+                fail(f"{stop}; go on with: python {command}")
+                return 128 + self.stopped
             except KeyboardInterrupt:
-                fail(f"{file}: interrupted")
+                fail(f"{file}: interrupted; --resume goes on from the last checkpoint")
                 return 130
             else:
                 continue
@@ -753,7 +851,9 @@ class Run:
         """Log an image whose training starts now."""
         if not self.started:
             self.started = True
-            set_aside(self.log, self.csv, self.curves)
+            ours = self.log.exists() and self.log.read_text().startswith(self._header())
+            if not (self.args.resume and ours):
+                set_aside(self.log, self.csv, self.curves)
         self.records.append(record)
         self.write_log()
         tqdm.write(record.heading())
@@ -768,10 +868,14 @@ class Run:
             text += f", average PSNR {psnr:.3f} dB, SSIM {ssim:.4f}"
         return text
 
+    def _header(self):
+        """Write the settings as the log's first lines."""
+        values = vars(self.args).items()
+        return "\n".join(f"{k}: {v}" for k, v in values if k != "resume")
+
     def write_log(self, curves=False):
         """Write the log, its CSV and, where asked for, the curves."""
-        lines = [f"{k}: {v}" for k, v in vars(self.args).items()]
-        table = []
+        lines, table = [self._header()], []
         for record in self.records:
             lines += ["", record.heading(), *record.notes]
             lines += [row_text(row) for row in record.rows]

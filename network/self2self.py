@@ -233,6 +233,8 @@ class Self2Self:
             "masks": self.masks.state(),
             "step": self.step,
             "loss_steps": self.loss_steps,
+            "attempt": self.attempt,
+            "lr": self.lr,
         }
 
     def load_state_dict(self, state):
@@ -242,6 +244,7 @@ class Self2Self:
                 tensor.copy_(saved)
         self.masks.load_state(state["masks"])
         self.step, self.loss_steps = state["step"], state["loss_steps"]
+        self.attempt, self.lr = state["attempt"], state["lr"]
 
     def train_step(self):
         """One optimiser step on `bs` Bernoulli samples of the observation."""

@@ -1,7 +1,9 @@
 """The two scripts, from the command line to the files they leave."""
 
 import csv
+import itertools
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -51,6 +53,16 @@ def files(folder="."):
     return {str(f.relative_to(folder)): f.read_bytes() for f in found}
 
 
+def without_seconds(made):
+    """Leave out of `files()` what says how long it took."""
+    made = {k: v for k, v in made.items() if "record" not in k and "checkp" not in k}
+    for name in made:
+        if name.endswith(".csv"):
+            lines = made[name].splitlines()
+            made[name] = [line.rpartition(b",")[0] for line in lines]
+    return made
+
+
 @pytest.mark.parametrize("task", SCRIPTS)
 def test_shell_and_python_defaults_agree(task):
     text = (ROOT / f"{task}.sh").read_text().replace("\\\n", " ")
@@ -77,6 +89,7 @@ def test_shell_script_from_another_folder(task, folder):
     results = folder / "images/my pictures/a.png" / task
     made = {"Self2Self-2.png", "Self2Self-4.png", "noisy.png", "noise.mat"}
     made |= {"restored.png", "comparison.png", "record.json"}
+    made |= {"checkpoint.pt", "checkpoint.previous.pt"}
     if task == "deblur":
         made |= {"blurred.png", "kernel.mat"}
     (results,) = results.iterdir()
@@ -172,8 +185,7 @@ def test_a_seed_repeats_byte_for_byte_whatever_the_test_frequency(folder, monkey
         monkeypatch.chdir(folder / name)
         flags = f"--path {folder}/in/a.png --test_frequency {frequency}"
         assert run("deblur", flags) == 0
-        made = files("images")
-        results.append({k: v for k, v in made.items() if "record" not in k})  # seconds
+        results.append(without_seconds(files("images")))
     assert results[1] == results[2]
     last = next(k for k in results[0] if k.endswith("restored.png"))
     assert results[0][last] == results[1][last]
@@ -407,6 +419,103 @@ def test_what_fails_later_is_one_line_too(error, words, status, monkeypatch, cap
     monkeypatch.setattr(denoise.Self2Self, "predict", fail)
     assert run("denoise", "--path in/a.png") == status
     assert words in capsys.readouterr().err
+
+
+@pytest.fixture
+def crash(monkeypatch):
+    """Return a function that makes the n-th training step from now end the process."""
+    real = denoise.Self2Self.train_step
+
+    def at(steps):
+        left = itertools.count(steps - 1, -1)
+
+        def train_step(learner):
+            if next(left) == 0:
+                raise SystemExit(99)
+            real(learner)
+
+        monkeypatch.setattr(denoise.Self2Self, "train_step", train_step)
+
+    return at
+
+
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_a_run_resumed_after_crashes_is_the_uninterrupted_one(
+    recipe, folder, crash, monkeypatch
+):
+    write("in/a.png")
+    write("in/b.png", channels=3)
+    flags = f"--path {folder}/in --iteration 7 --test_frequency 2 --recipe {recipe}"
+    results = []
+    for name, crashes in (("whole", []), ("cut", [1, 4, 5, 6, 2])):
+        Path(name).mkdir()
+        monkeypatch.chdir(folder / name)
+        for steps in crashes:
+            crash(steps)
+            assert run("denoise", flags + " --resume") == 99
+        crash(10**9)
+        assert run("denoise", flags + " --resume") == 0
+        results.append(without_seconds(files()))
+        monkeypatch.chdir(folder)
+    assert results[0] == results[1]
+
+
+def test_finished_images_are_skipped_and_more_steps_extend_them(capsys, crash):
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png --iteration 6") == 0
+    (results,) = Path("images/in/a.png/denoise").iterdir()
+    longer = without_seconds(files(results))
+    assert run("denoise", "--path in/a.png --iteration 4") == 0
+    capsys.readouterr()
+    crash(1)  # no step is made
+    assert run("denoise", "--path in/a.png --iteration 4 --resume") == 0
+    assert "finished already" in capsys.readouterr().out
+    crash(3)  # two steps are enough
+    assert run("denoise", "--path in/a.png --iteration 6 --resume") == 0
+    assert without_seconds(files(results)) == longer
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(capsys):
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png") == 0
+    (newest,) = Path("images").rglob("checkpoint.pt")
+    expected = without_seconds(files(newest.parent))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (newest.parent / "comparison.png").unlink()
+    assert run("denoise", "--path in/a.png --resume") == 0
+    out = capsys.readouterr().out
+    assert f"{newest}: damaged" in out
+    assert "going on from step 2" in out
+    assert without_seconds(files(newest.parent)) == expected
+
+
+def test_a_checkpoint_of_another_picture_is_refused(capsys):
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png") == 0
+    write("in/a.png")
+    before = files()
+    assert run("denoise", "--path in/a.png --resume") == 2
+    assert "of another image or noise" in capsys.readouterr().err
+    assert files() == before
+
+
+@pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143)])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(
+    number, status, monkeypatch, capsys
+):
+    write("in/a.png")
+    real = denoise.Self2Self.train_step
+
+    def train_step(learner):
+        real(learner)
+        if learner.step == 3:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(denoise.Self2Self, "train_step", train_step)
+    assert run("denoise", "--path in/a.png") == status
+    assert "stopped at step 3; go on with: python" in capsys.readouterr().err
+    assert run("denoise", "--path in/a.png --resume") == 0
+    assert "going on from step 3" in capsys.readouterr().out
 
 
 def test_training_learns():
