@@ -218,9 +218,14 @@ def learner_settings(args):
 
 
 def choose_device(name):
-    """Turn auto, cpu, cuda, cuda:N or mps into a torch.device that is there."""
+    """Turn auto, cpu, cuda, cuda:N or mps into a torch.device that is there.
+
+    Of several processes on a machine (LOCAL_RANK) each takes a GPU of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
         raise InputError(f"unknown device {name!r}: auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
@@ -376,15 +381,20 @@ def read_picture(path, crop=0, folder=None):
         raise InputError(
             f"{path}: float pixels up to {abs(image).max():g}; scale them to [0, 1]"
         )
-    bundled = folder is not None
     return Picture(
-        path.stem if bundled else path.name,
-        folder if bundled else path.parent.resolve().name or "root",
+        *reversed(picture_name(path, folder)),
         np.ascontiguousarray(image, np.float32),
         alpha,
         pixels.dtype,
         path.suffix.lower(),
     )
+
+
+def picture_name(path, folder):
+    """Return the names of an image's folder and of the image, in the results."""
+    if folder is not None:  # a bundled image
+        return folder, path.stem
+    return path.parent.resolve().name or "root", path.name
 
 
 def find_images(path):
@@ -474,6 +484,11 @@ OWN_FILES = (
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 
 
+def results_folder(run, folder, name):
+    """Say where the results of an image go."""
+    return Path("images", folder, name, run.args.model_type, run.settings_name)
+
+
 class Record:
     """One image of a run: its observation, its results folder, its rows of the log.
 
@@ -496,7 +511,7 @@ class Record:
         else:
             self.clean = None if self.args.observed else self.image
         self.name = f"{self.picture.folder}/{self.picture.name}"
-        self.folder = Path("images", self.name, self.args.model_type, run.settings_name)
+        self.folder = results_folder(run, self.picture.folder, self.picture.name)
         self.rows, self.notes, self.seconds, self.restored = [], [], 0.0, None
 
     def observe(self, observation, **parts):
@@ -539,6 +554,7 @@ class Record:
             finished = step >= self.args.iteration
             if finished and (self.folder / "comparison.png").exists():
                 tqdm.write(f"{self.name}: finished already, at step {step}")
+                self._write_record(finished=True)
                 self.run.write_log(curves=True)
                 return
             tqdm.write(f"{self.name}: going on from step {step}")
@@ -546,7 +562,13 @@ class Record:
         saved = time.perf_counter()
         first = LOSS_EVERY if self.args.device.type == "cuda" else 10
         first = min(first, max(2, self.args.test_frequency - 1))  # tests take longer
-        bar = tqdm(total=self.args.iteration, desc=self.name, unit="step", initial=step)
+        bar = tqdm(
+            total=self.args.iteration,
+            desc=self.name,
+            unit="step",
+            initial=step,
+            position=self.run.rank,
+        )
         with bar:
             while step < self.args.iteration:
                 step += 1
@@ -701,9 +723,12 @@ class Record:
             for file in self.folder.glob(pattern):
                 file.unlink()
 
-    def _write_record(self):
+    def _write_record(self, finished=False):
         """Write what is known of this image as JSON."""
         record = {
+            "name": self.name,
+            "size": describe(self.image),
+            "finished": finished,
             **self._identity(),
             "iteration": self.args.iteration,
             "device": str(self.args.device),
@@ -725,10 +750,13 @@ class Record:
         if self.clean is not None:
             panels += [("clean", self.clean, None)]
         write_atomically(self.folder / "comparison.png", encode(".png", strip(panels)))
+        self._write_record(finished=True)
         self.run.write_log(curves=True)
         print(f"{path}")
 
 
+SHARES = (("RANK", "0"), ("WORLD_SIZE", "1"))
+SUMMARY = ("image", "size", "observation_psnr", "psnr", "ssim", "steps", "seconds")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMNS = ("image", "step", "loss", "psnr", "ssim", "seconds")
 
@@ -758,8 +786,17 @@ class Run:
         self.settings_name = "_".join([*(str(values[k]) for k in named), *labels])
         self.identity = {k: values[k] for k in (*named, *deciding, *RECIPES["paper"])}
         self.records, self.failed = [], []
+        # torchrun, or a person, may share the images out among several processes.
+        self.rank, self.world = (int(os.environ.get(*v)) for v in SHARES)
         self.log = Path(args.log_path)
         stem = self.log.name.removesuffix(".txt")
+        self.totals = self.log.with_name(f"{stem}-summary.csv")
+        self.ends = [
+            self.log.with_name(f"{stem}.rank{r}.done") for r in range(self.world)
+        ]
+        if self.world > 1:  # no two processes write the same file
+            stem += f".rank{self.rank}"
+            self.log = self.log.with_name(stem + self.log.suffix)
         self.csv, self.curves = (self.log.with_name(stem + e) for e in (".csv", ".png"))
         self.started, self.stopped = False, None
 
@@ -780,7 +817,9 @@ class Run:
             return fail(error)
         except OSError as error:
             return fail(f"{self.args.path}: {error.strerror}")
-        files = [f for f in files if len(files) == 1 or self._readable(*f)]
+        self.files = files
+        files = files[self.rank :: self.world]
+        files = [f for f in files if len(self.files) == 1 or self._readable(*f)]
         handlers = {s: signal.signal(s, self._stop) for s in SIGNALS}
         try:
             return self._restore_each(files, restore)
@@ -823,9 +862,39 @@ class Run:
             if self.records and self.records[-1].file == file:
                 self.records[-1].failed = True
                 self.records[-1].notes.append(f"failed: {told}")
-        if self.records:
-            print(self.summary())
+        self._finish()
+        if self.failed and len(self.files) > 1:
+            names = ", ".join(map(str, self.failed))
+            fail(f"{len(self.failed)} of {len(self.files)} images failed: {names}")
         return (1 if self.started else 2) if self.failed else 0
+
+    def _finish(self):
+        """Write and print the totals; of several processes the last one does."""
+        if self.world > 1:
+            write_atomically(self.ends[self.rank], b"")
+            if not all(end.exists() for end in self.ends):
+                return
+        table = []
+        for file, folder in self.files:
+            path = results_folder(self, *picture_name(file, folder)) / "record.json"
+            with suppress(OSError, ValueError):
+                record = json.loads(path.read_text())
+                if record["finished"]:
+                    step, _, psnr, ssim, seconds = record["rows"][-1]
+                    before = (record["observation"] or [None])[0]
+                    scores = record["size"], before, psnr, ssim, step, round(seconds, 1)
+                    table.append((record["name"], *scores))
+        if not table:
+            return
+        scored = [row[2:5] for row in table if row[3] is not None]
+        means = np.mean(scored, 0).tolist() if scored else [None] * 3
+        table.append(("average", f"{len(table)} images", *means, None, None))
+        text = io.StringIO()
+        csv.writer(text).writerows([SUMMARY, *table])
+        write_atomically(self.totals, text.getvalue().encode())
+        for row in [SUMMARY, *table]:
+            cells = (f"{c:.3f}" if isinstance(c, float) else c or "-" for c in row[1:])
+            print(f"{row[0]:32s}", *(f"{cell:>16}" for cell in cells))
 
     def _readable(self, file, folder):
         """Look at one of many images before any training, and report a bad one."""
@@ -851,9 +920,11 @@ class Run:
         """Log an image whose training starts now."""
         if not self.started:
             self.started = True
+            self.ends[self.rank].unlink(missing_ok=True)
             ours = self.log.exists() and self.log.read_text().startswith(self._header())
             if not (self.args.resume and ours):
-                set_aside(self.log, self.csv, self.curves)
+                totals = [self.totals] if self.rank == 0 else []
+                set_aside(self.log, self.csv, self.curves, *totals)
         self.records.append(record)
         self.write_log()
         tqdm.write(record.heading())

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -248,6 +250,7 @@ def test_folder_goes_on_past_a_bad_image(capsys):
     out, err = capsys.readouterr()
     assert "notes.txt: skipped" in out
     assert "in/b.png is damaged" in err
+    assert err.splitlines()[-1].endswith("1 of 3 images failed: in/b.png")
     assert {f.name for f in Path("images/in").iterdir()} == {"a.png", "c.png"}
     rows = list(csv.reader(Path("logs/denoise/log.csv").read_text().splitlines()))
     assert len(rows) == 1 + 2 * 2
@@ -458,6 +461,34 @@ def test_a_run_resumed_after_crashes_is_the_uninterrupted_one(
         results.append(without_seconds(files()))
         monkeypatch.chdir(folder)
     assert results[0] == results[1]
+
+
+def test_processes_share_a_folder_and_any_number_of_them_resumes(folder, capsys):
+    for name in "abcd":
+        write(f"in/{name}.png")
+    Path("in/e.png").write_text("no image")
+    command = [sys.executable, ROOT / "denoise.py", "--path", "in", *QUICK.split()]
+    share = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command, env=os.environ | share | {"RANK": rank}, stderr=subprocess.DEVNULL
+        )
+        for rank in "01"
+    ]
+    assert sorted(p.wait() for p in processes) == [0, 1]  # one met the bad image
+    summary = Path("logs/denoise/log-summary.csv")
+    assert [row.split(",")[0] for row in summary.read_text().splitlines()[1:-1]] == [
+        f"in/{name}.png" for name in "abcd"
+    ]
+    logs = [Path(f"logs/denoise/log.rank{rank}.csv").read_text() for rank in "01"]
+    assert [len(log.split()) for log in logs] == [1 + 4, 1 + 4]
+    expected = without_seconds(files("images"))
+    lost = list(Path("images").glob("in/[bc].png/*/*"))
+    for results in lost:
+        shutil.rmtree(results)
+    assert run("denoise", "--path in --resume") == 1
+    assert capsys.readouterr().out.count("finished already") == 2
+    assert without_seconds(files("images")) == expected
 
 
 def test_finished_images_are_skipped_and_more_steps_extend_them(capsys, crash):
