@@ -1,5 +1,6 @@
 #!/bin/sh
-# Denoise; a flag given after the script's name wins over the one here.
+# Denoise; a flag given after the script's name wins over the one here. Steps, learning
+# rate and drop rate are the recipe's: a value here would win over it.
 exec python "$(dirname "$0")/denoise.py" \
     --path camera \
     --recipe paper \

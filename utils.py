@@ -603,6 +603,7 @@ class Record:
             raise TrainingError(f"{told}; a lower --lr than {self.args.lr:g} cures it")
         learner.begin_again()
         self.rows.clear()
+        self.restored = None
         for file in self.folder.glob("Self2Self-*.png"):
             file.unlink()
         note = f"{told}: started over at the mean, learning rate {learner.lr:g}"
