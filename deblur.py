@@ -15,6 +15,8 @@ import torch
 
 from network import Self2Self
 
+LARGEST_PSF = 4096  # side, pixels; as --kernel_size
+
 DEFAULTS = {
     # What to restore
     "path": "camera",  # image file, folder of images, or name of a scikit-image image
@@ -51,6 +53,22 @@ def gaussian_psf(size, sigma):
     return np.outer(profile, profile) / profile.sum() ** 2
 
 
+def choose_matrix(path):
+    """Return the name and shape of `kernel` in a .mat file, or of its only matrix."""
+    other = ("cell", "struct", "object", "char", "sparse", "function", "opaque")
+    found = {
+        name: shape
+        for name, shape, kind in scipy.io.whosmat(path)
+        if len(shape) == 2 and kind not in other
+    }
+    name = "kernel" if "kernel" in found or len(found) != 1 else next(iter(found))
+    if name not in found:
+        raise utils.InputError(
+            f"{path}: neither a matrix called kernel nor a single matrix"
+        )
+    return name, found[name]
+
+
 def read_psf(path):
     """Read a PSF (h, w), normalised to sum 1.
 
@@ -66,23 +84,32 @@ def read_psf(path):
     suffix = path.suffix.lower()
     try:
         if suffix == ".mat":
-            arrays = {k: v for k, v in scipy.io.loadmat(path).items() if k[0] != "_"}
-            psf = arrays.get("kernel", next(iter(arrays.values()), None))
+            name, shape = choose_matrix(path)
+            if max(shape) <= LARGEST_PSF:  # a tiny file may claim any size
+                psf = scipy.io.loadmat(path, variable_names=[name])[name]
         elif suffix == ".npy":
-            psf = np.load(path, allow_pickle=False)
+            psf = np.load(path, mmap_mode="r", allow_pickle=False)
+            shape = psf.shape
         else:
             psf = np.atleast_3d(utils.decode(path))[..., :3].mean(2)
-        psf = np.asarray(psf, np.float64)
+            shape = psf.shape
+        if max(shape, default=0) > LARGEST_PSF:
+            raise utils.InputError(f"{path}: a PSF has sides of up to {LARGEST_PSF}")
+        if psf.dtype.kind not in "biuf":
+            raise utils.InputError(f"{path}: a PSF is a matrix of real numbers")
+        with np.errstate(over="ignore", invalid="ignore"):
+            psf = np.asarray(psf, np.float64)
+            psf = psf / psf.sum() if psf.sum() > 0 else psf * np.nan
     except utils.InputError:
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file fails in many ways
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise utils.InputError(f"{path}: no PSF can be read: {reason}") from None
-    if psf.ndim != 2 or not psf.size or not np.isfinite(psf).all() or psf.sum() <= 0:
+    if psf.ndim != 2 or not np.isfinite(psf).all() or not 0.999 < psf.sum() < 1.001:
         raise utils.InputError(
             f"{path}: a PSF is a matrix of finite numbers with a sum above 0"
         )
-    return psf / psf.sum()
+    return psf
 
 
 class CircularBlur:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 # one other busy program a step takes twice as long, not fifteen times.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 # Refuse a tiny file that claims a gigantic image.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**27))
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**25))
 
 import cv2
 import numpy as np
@@ -328,8 +328,11 @@ def decode(path):
             try:
                 pages = cv2.imcount(str(path))
                 pixels = cv2.imdecode(data, turned if jpeg else cv2.IMREAD_UNCHANGED)
-            except cv2.error:
-                pixels = None
+            except cv2.error as error:
+                if "CV_IO_MAX_IMAGE" in str(error):
+                    raise InputError(
+                        f"{path}: over 33 million pixels; cut a part out of it"
+                    ) from None
     if pixels is None:
         what = (
             "is damaged, or not a PNG, JPEG or TIFF image" if data.size else "is empty"
@@ -372,18 +375,19 @@ def read_picture(path, crop=0, folder=None):
             f"{path}: {width}x{height} pixels; a side needs {SMALLEST_SIDE} or more"
         )
     color, alpha = pixels[..., :3], pixels[..., 3] if channels == 4 else None
-    image = color[..., ::-1].transpose(2, 0, 1) / peak(pixels.dtype)
-    if alpha is not None and (color == color[..., :1]).all():
-        image = image[:1]  # gray with alpha comes as four channels
     if not np.isfinite(pixels).all():
         raise InputError(f"{path}: it holds NaN or infinite pixels")
-    if abs(image).max() > 2:
+    if pixels.dtype.kind == "f" and abs(color).max() > 2:
         raise InputError(
-            f"{path}: float pixels up to {abs(image).max():g}; scale them to [0, 1]"
+            f"{path}: float pixels up to {abs(color).max():g}; scale them to [0, 1]"
         )
+    if alpha is not None and (color == color[..., :1]).all():
+        color = color[..., :1]  # gray with alpha comes as four channels
+    image = color[..., ::-1].transpose(2, 0, 1)
+    image = np.divide(image, peak(pixels.dtype), dtype=np.float32, order="C")
     return Picture(
         *reversed(picture_name(path, folder)),
-        np.ascontiguousarray(image, np.float32),
+        image,
         alpha,
         pixels.dtype,
         path.suffix.lower(),

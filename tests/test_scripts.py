@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import scipy.io
+from kill import kill_and_compare
 
 import deblur
 import denoise
@@ -97,9 +98,8 @@ def test_shell_script_from_another_folder(task, folder):
     (results,) = results.iterdir()
     assert results.name == f"{settings}_num_prediction2"
     assert set(files(results)) == made
-    assert set(files(folder / "logs")) == {
-        f"{task}/log.{e}" for e in ("txt", "csv", "png")
-    }
+    ends = (".txt", ".csv", ".png", "-summary.csv")
+    assert set(files(folder / "logs")) == {f"{task}/log{end}" for end in ends}
     table = (folder / f"logs/{task}/log.csv").read_text()
     rows = list(csv.DictReader(table.splitlines()))
     assert [row["step"] for row in rows] == ["2", "4"]
@@ -461,6 +461,12 @@ def test_a_run_resumed_after_crashes_is_the_uninterrupted_one(
         results.append(without_seconds(files()))
         monkeypatch.chdir(folder)
     assert results[0] == results[1]
+
+
+def test_a_killed_run_resumes_to_the_same_bytes():
+    kills, differences = kill_and_compare(2, 30)
+    assert kills
+    assert not differences
 
 
 def test_processes_share_a_folder_and_any_number_of_them_resumes(folder, capsys):
