@@ -38,6 +38,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SMALLEST_SIDE = 32  # pixels: five poolings
 LOSS_EVERY = 100  # steps between two looks at the loss
 SAVE_EVERY = 300  # seconds between two checkpoints, at most
+EARLY = 1000  # steps within which a network that dies is started over
 ATTEMPTS = 4  # networks that may die before an image is given up
 
 
@@ -293,6 +294,8 @@ def write_atomically(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -516,7 +519,8 @@ class Record:
             self.clean = None if self.args.observed else self.image
         self.name = f"{self.picture.folder}/{self.picture.name}"
         self.folder = results_folder(run, self.picture.folder, self.picture.name)
-        self.rows, self.notes, self.seconds, self.restored = [], [], 0.0, None
+        self.rows, self.notes, self.seconds = [], [], 0.0
+        self.latest = self.restored = None  # of the last test; of one seen to be alive
 
     def observe(self, observation, **parts):
         """Take the observation, and write it with what it was made of.
@@ -532,7 +536,8 @@ class Record:
             self._clear()
         else:
             self.rows, self.notes = list(map(tuple, saved["rows"])), saved["notes"]
-            self.seconds, self.restored = saved["seconds"], saved["restored"].numpy()
+            self.seconds, self.latest = saved["seconds"], saved["restored"].numpy()
+            self.restored = self.latest
         self.saved = saved
         self._write_record()
         self.picture.save(self.folder / "noisy.png", observation)
@@ -590,6 +595,7 @@ class Record:
                         step = begun = 0
                         bar.reset()
                         continue
+                    self.restored = self.latest
                     psnr = f", {self.rows[-1][2]:.2f} dB" if self._scored() else ""
                     bar.set_postfix_str(f"loss {learner.recent_loss():.5f}{psnr}")
                 late = time.perf_counter() - saved > SAVE_EVERY
@@ -603,11 +609,16 @@ class Record:
     def _restart(self, learner, step):
         """Start a network that died over, if it may be worth it."""
         told = f"{self.name}: the network died (constant or non-finite output) by step {step}"
+        good = [row for row in self.rows if LOSS_EVERY <= row[0] < step]
+        if step > EARLY and good:
+            self.rows = good
+            self._write_results()
+            raise TrainingError(f"{told}; the result of step {good[-1][0]} is kept")
         if learner.attempt == ATTEMPTS:
             raise TrainingError(f"{told}; a lower --lr than {self.args.lr:g} cures it")
         learner.begin_again()
         self.rows.clear()
-        self.restored = None
+        self.restored = self.latest = None
         for file in self.folder.glob("Self2Self-*.png"):
             file.unlink()
         note = f"{told}: started over at the mean, learning rate {learner.lr:g}"
@@ -630,7 +641,7 @@ class Record:
             return  # dead, which `steps` will see
         psnr, ssim = (None, None) if self.clean is None else score(restored, self.clean)
         self.rows.append((step, loss, psnr, ssim, self.seconds))
-        self.restored = restored
+        self.latest = restored
         self.picture.save(self.folder / f"Self2Self-{step}.png", restored)
         self._write_record()
         self.run.write_log()
@@ -748,6 +759,11 @@ class Record:
         """Write the restored image, and the comparison."""
         if not self.rows or self.rows[-1][0] != self.args.iteration:
             raise TrainingError(f"{self.name}: the output is not finite; lower --lr")
+        self._write_results()
+        self._write_record(finished=True)
+        self.run.write_log(curves=True)
+
+    def _write_results(self):
         path = self.folder / f"restored{self.picture.suffix}"
         self.picture.save(path, self.restored)
         panels = [("observation", self.observation, self.observed)]
@@ -755,8 +771,6 @@ class Record:
         if self.clean is not None:
             panels += [("clean", self.clean, None)]
         write_atomically(self.folder / "comparison.png", encode(".png", strip(panels)))
-        self._write_record(finished=True)
-        self.run.write_log(curves=True)
         print(f"{path}")
 
 
@@ -850,9 +864,9 @@ class Run:
                 known = MemoryError, torch.OutOfMemoryError
                 if not isinstance(error, known) and "t allocate" not in str(error):
                     raise
-                told = (
-                    f"{file}: out of memory; a --crop, a smaller --bs, or --device cpu"
-                )
+                size = describe(self.records[-1].image) if self.records else "its size"
+                told = f"{file}: out of memory at {size}; a --crop, a smaller --bs"
+                told += " or --device cpu needs less"
             except Stopped as stop:
                 command = shlex.join([*sys.argv, "--resume"])
                 fail(f"{stop}; go on with: python {command}")

@@ -147,6 +147,18 @@ def test_a_network_that_dies_starts_over(capsys, monkeypatch):
     assert "started over" in Path("logs/denoise/log.txt").read_text()
 
 
+def test_a_network_that_dies_late_leaves_its_last_good_result(capsys, monkeypatch):
+    write("in/a.png")
+    monkeypatch.setattr(utils, "EARLY", 150)
+    monkeypatch.setattr(denoise.Self2Self, "alive", lambda learner: learner.step < 200)
+    flags = "--path in/a.png --iteration 300 --test_frequency 100"
+    assert run("denoise", flags) == 1
+    assert "the result of step 100 is kept" in capsys.readouterr().err
+    (restored,) = Path("images").rglob("restored.png")
+    kept = restored.with_name("Self2Self-100.png")
+    assert restored.read_bytes() == kept.read_bytes()
+
+
 def test_names_of_results_folders():
     write("in/a.png")
     assert run("denoise", "--path in/a.png --num_prediction 100") == 0
