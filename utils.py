@@ -907,7 +907,8 @@ class Run:
             return
         scored = [row[2:5] for row in table if row[3] is not None]
         means = np.mean(scored, 0).tolist() if scored else [None] * 3
-        table.append(("average", f"{len(table)} images", *means, None, None))
+        count = f"{len(table)} image{'s' * (len(table) != 1)}"
+        table.append(("average", count, *means, None, None))
         text = io.StringIO()
         csv.writer(text).writerows([SUMMARY, *table])
         write_atomically(self.totals, text.getvalue().encode())
