@@ -205,9 +205,23 @@ def parse_arguments(description, defaults, argv=None):
             raise InputError("--reference goes with --observed")
         if not args.model_type or Path(args.model_type).name != args.model_type:
             raise InputError(f"--model_type {args.model_type!r}: no name of a folder")
+        if not Path(args.log_path).name:
+            raise InputError(f"--log_path {args.log_path!r}: no name of a file")
+        share()
     except InputError as error:
         parser.error(error)
     return args
+
+
+def share():
+    """Return this process's number and that of all, which torchrun or a person sets."""
+    texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    rank, world = (int(text) if text.isdecimal() else -1 for text in texts)
+    if not 0 <= rank < world:
+        raise InputError(
+            "RANK and WORLD_SIZE: {}, {}; 0, 1 is one process".format(*texts)
+        )
+    return rank, world
 
 
 def learner_settings(args):
@@ -774,7 +788,6 @@ class Record:
         print(f"{path}")
 
 
-SHARES = (("RANK", "0"), ("WORLD_SIZE", "1"))
 SUMMARY = ("image", "size", "observation_psnr", "psnr", "ssim", "steps", "seconds")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMNS = ("image", "step", "loss", "psnr", "ssim", "seconds")
@@ -805,8 +818,7 @@ class Run:
         self.settings_name = "_".join([*(str(values[k]) for k in named), *labels])
         self.identity = {k: values[k] for k in (*named, *deciding, *RECIPES["paper"])}
         self.records, self.failed = [], []
-        # torchrun, or a person, may share the images out among several processes.
-        self.rank, self.world = (int(os.environ.get(*v)) for v in SHARES)
+        self.rank, self.world = share()
         self.log = Path(args.log_path)
         stem = self.log.name.removesuffix(".txt")
         self.totals = self.log.with_name(f"{stem}-summary.csv")
@@ -881,7 +893,11 @@ class Run:
             if self.records and self.records[-1].file == file:
                 self.records[-1].failed = True
                 self.records[-1].notes.append(f"failed: {told}")
-        self._finish()
+        try:
+            self._finish()
+        except OSError as error:
+            fail(f"{error.filename}: {error.strerror}")
+            return 1
         if self.failed and len(self.files) > 1:
             names = ", ".join(map(str, self.failed))
             fail(f"{len(self.failed)} of {len(self.files)} images failed: {names}")
@@ -896,7 +912,7 @@ class Run:
         table = []
         for file, folder in self.files:
             path = results_folder(self, *picture_name(file, folder)) / "record.json"
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, KeyError):  # none, or not ours
                 record = json.loads(path.read_text())
                 if record["finished"]:
                     step, _, psnr, ssim, seconds = record["rows"][-1]

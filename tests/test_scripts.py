@@ -290,6 +290,15 @@ def test_same_settings_replace_and_others_are_kept(capsys):
     assert files(results.with_name(results.name + "~1")) == before
 
 
+def test_a_wrong_share_of_the_images_is_refused(monkeypatch, capsys):
+    write("in/a.png")
+    for rank, world in (("2", "2"), ("x", "2"), ("0", "0")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert run("denoise", "--path in/a.png") == 2
+        assert "RANK and WORLD_SIZE" in capsys.readouterr().err
+
+
 def test_edited_defaults_are_checked_like_flags(monkeypatch, capsys):
     write("in/a.png")
     monkeypatch.setitem(denoise.DEFAULTS, "sigma", 10)
@@ -350,6 +359,7 @@ def bad_inputs():
         ("--path good.png --observed --reference rgb.png", "colour"),
         ("--path good.png --log_path text.txt/log.txt", "text.txt"),
         ("--path good.png --log_path empty", "empty is a folder"),
+        ("--path good.png --log_path ''", "--log_path"),
         ("--path good.png --log_path good.txt", "good.png is a folder or an input"),
         ("--path ''", "--path is empty"),
         (f"--path {'a' * 300}", "File name too long"),
