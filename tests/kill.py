@@ -54,8 +54,11 @@ def results(folder):
     return found
 
 
-def kill_and_compare(kills, steps, seed=0):
-    """Return the number of kills and the names of the files that differ."""
+def kill_and_compare(kills, steps, longest, seed=0):
+    """Return the number of kills and the names of the files that differ.
+
+    A process is killed after 1 to `longest` seconds; the whole run must take longer.
+    """
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch, name) for name in ("whole", "killed")]
@@ -71,7 +74,7 @@ def kill_and_compare(kills, steps, seed=0):
             process = start(killed, steps)
             if done < kills:
                 # Anywhere from the start of Python to some way into the training.
-                time.sleep(chance.uniform(1, 9))
+                time.sleep(chance.uniform(1, longest))
                 done += process.poll() is None
                 process.send_signal(signal.SIGKILL)
             if process.wait() == 0:
@@ -86,8 +89,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--longest", type=float, default=6, help="seconds to a kill")
     args = parser.parse_args()
-    kills, differences = kill_and_compare(args.kills, args.steps)
+    kills, differences = kill_and_compare(args.kills, args.steps, args.longest)
     print(f"{kills} kills, {len(differences)} differences", *differences, sep="\n")
     return 1 if differences else 0
 
