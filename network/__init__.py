@@ -1,4 +1,4 @@
-"""The Self2Self method: partial convolution, dropout network, and the learner of one image."""
+"""The Self2Self method: partial convolution, dropout network, the learner of one image, fusion."""
 
 from network.self2self import Self2Self
 

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import torch
 
+from network import fusion
+from network.muon import Muon
 from network.punet import Punet
 
 # Pixels in one forward pass of the ensemble: they fill a GPU, and suit a CPU's cache.
@@ -13,7 +15,7 @@ PREDICTION_PIXELS = {"cuda": 2**20, "cpu": 1, "mps": 2**18}
 
 ATTEMPT_SEED = 1_000_003  # between the seeds of a network's attempts
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+MUON_CHANNELS = 32  # fewest, in and out, of a convolution that Muon steps
 
 
 class BernoulliMasks:
@@ -106,7 +108,8 @@ class Self2Self:
         drop_rate: p of the Bernoulli mask and of the decoder's dropout, in [0, 1); 0:
             no sampling, every entry is judged.
         lr: learning rate.
-        optimizer: "adam" or "adamw".
+        optimizer: "adam", "adamw", or "muon": Muon for the wide convolutions' weights,
+            Adam for the rest.
         bs: Bernoulli samples of the observation per step.
         seed: of the weights, the masks and the dropout.
         device: where to compute.
@@ -183,10 +186,9 @@ class Self2Self:
         self.network.load_state_dict(network.state_dict())
         if self.average:
             self.averaged.load_state_dict(network.state_dict())
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
-        self.optimizer.param_groups[0]["lr"].fill_(self.lr)
+        for value in self._averages():
+            value.zero_()
+        self.rate.fill_(self.lr)
         self.masks.seed(self.seed, 0)
         self.step = self.loss_steps = 0
         for watched in (self.loss_sum, self.recent, self.spread, self.slope):
@@ -198,32 +200,45 @@ class Self2Self:
         layout = torch.channels_last if on_cuda else torch.contiguous_format
         self.y, self.forward_operator = y.clone(), forward_operator
         self.network = copy.deepcopy(network).to(self.device, memory_format=layout)
-        self.optimizer = OPTIMIZERS[self.optimizer_name](
-            self.network.parameters(),
-            lr=torch.tensor(self.lr, device=self.device),  # a captured step reads it
+        weights = list(self.network.parameters())
+        wide, rest = [], []
+        for weight in weights:
+            fits = weight.ndim == 4 and min(weight.shape[:2]) >= MUON_CHANNELS
+            (wide if self.optimizer_name == "muon" and fits else rest).append(weight)
+        self.rate = torch.tensor(
+            self.lr, device=self.device
+        )  # a captured step reads it
+        adam = torch.optim.AdamW if self.optimizer_name == "adamw" else torch.optim.Adam
+        adam = adam(
+            rest,
+            lr=self.rate,
             fused=True,
             betas=(0.9, self.beta2),
             capturable=on_cuda,
         )
-        for weight in self.network.parameters():
+        self.optimizers = [adam, Muon(wide, self.rate)] if wide else [adam]
+        for weight in weights:
             weight.grad = torch.zeros_like(weight)
-        self.optimizer.step()  # makes Adam's averages: from here on all is in place
+        for optimizer in self.optimizers:
+            optimizer.step()  # makes the averages: from here on all is in place
         self.averaged = copy.deepcopy(self.network) if self.average else None
         zeros = torch.zeros(4, device=self.device)
         self.loss_sum, self.recent, self.spread, self.slope = zeros
         self.masks = BernoulliMasks(self.device)
         self.graph = None
 
+    def _averages(self):
+        """The optimisers' tensors."""
+        states = [s for optimizer in self.optimizers for s in optimizer.state.values()]
+        return [value for state in states for value in state.values()]
+
     def _tensors(self):
         """Every tensor that a training step changes."""
-        adam = [
-            value for state in self.optimizer.state.values() for value in state.values()
-        ]
         weights = [*self.network.parameters()]
         if self.average:
             weights += self.averaged.parameters()
         watched = [self.loss_sum, self.recent, self.spread, self.slope]
-        return [*weights, *adam, *watched]
+        return [*weights, *self._averages(), *watched]
 
     def state_dict(self):
         """All that the coming steps depend on, as tensors and numbers."""
@@ -252,7 +267,7 @@ class Self2Self:
             progress = min(1.0, self.step / self.anneal)
             factor = (1 + math.cos(math.pi * progress)) / 2
             factor *= min(1.0, 20 * (self.step + 1) / self.anneal)
-            self.optimizer.param_groups[0]["lr"].fill_(self.lr * factor)
+            self.rate.fill_(self.lr * factor)
         if self.device.type == "cuda":
             if self.graph is None:
                 self._capture()
@@ -269,18 +284,37 @@ class Self2Self:
         not change the training.
 
         Returns:
-            The restoration, (C, H, W), float32 on the CPU, in (0, 1).
+            The restoration, (C, H, W), float32 on the CPU, in (0, 1). Its predictions'
+            variance, of the same shape, is then found as `variance`.
         """
         network = self.averaged if self.average else self.network
         masks = BernoulliMasks(self.device, self.seed, self.step)
         size = max(1, PREDICTION_PIXELS[self.device.type] // self.y[0, 0].numel())
-        total = torch.zeros_like(self.y[0])
+        total, squares = torch.zeros_like(self.y[0]), torch.zeros_like(self.y[0])
         with torch.inference_mode():
             for start in range(0, num_prediction, size):
                 n = min(size, num_prediction - start)
                 prediction, _ = self._sample(network, masks, n)
                 total += prediction.sum(0)
-        return (total / num_prediction).cpu().numpy()
+                squares += (prediction**2).sum(0)
+        mean = total / num_prediction
+        variance = (squares / num_prediction - mean**2).clamp(min=0)
+        self.variance = variance.cpu().numpy()
+        return mean.cpu().numpy()
+
+    def fuse(self, ensemble, sigma, clipped=False):
+        """Fuse the last `predict` with the observation: see fusion.fuse.
+
+        Args:
+            ensemble: what `predict` gave, (C, H, W).
+            sigma: standard deviation of the observation's noise, 0-255 scale.
+            clipped: a camera clipped the observation.
+
+        Returns:
+            The fused restoration and its predicted squared error, both (C, H, W).
+        """
+        known = self.variance, self.y[0], sigma, self.forward_operator, clipped
+        return fusion.fuse(ensemble, *known)
 
     def mean_loss(self):
         """Mean loss of the steps since this was last asked for. Reads the device."""
@@ -325,9 +359,10 @@ class Self2Self:
         prediction, mask = self._sample(self.network, self.masks, self.bs)
         judged = 1 - mask if self.drop_rate else torch.ones_like(mask)
         loss = dropped_loss(self.forward_operator(prediction), self.y, judged)
-        self.optimizer.zero_grad()
+        self.network.zero_grad()
         loss.backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.loss_sum += loss.detach()
         self.recent.lerp_(loss.detach(), 0.05)
         prediction = prediction.detach()

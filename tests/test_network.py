@@ -4,11 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
+from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
 
-from network import punet
+from deblur import CircularBlur, gaussian_psf
+from network import fusion, punet
+from network.fusion import wiener
+from network.muon import Muon, orthogonalise
 from network.pconv import PConv2d
 from network.punet import EdgePad, Punet
 from network.self2self import BernoulliMasks, Self2Self, dropped_loss, flip
@@ -388,6 +393,54 @@ def test_flip_flips_each_sample_as_told_and_back():
     assert torch.equal(flip(flipped, flips), x)
 
 
+# Muon
+
+
+def test_orthogonalising_keeps_the_singular_vectors():
+    left = torch.linalg.qr(torch.randn(2, 24, 24, generator=seeded()))[0]
+    right = torch.linalg.qr(torch.randn(2, 60, 24, generator=seeded(1)))[0]
+    values = torch.logspace(0, 1.7, 24)
+    made = orthogonalise(left * values @ right.mT)
+    values = left.mT @ made @ right
+    kept = values.diagonal(dim1=-2, dim2=-1)
+    assert 0.65 < kept.min() and kept.max() < 1.25
+    assert (values - torch.diag_embed(kept)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=str
+)
+def test_muon_is_pytorchs(layout):
+    """PyTorch's takes matrices and works in bfloat16."""
+    shapes = (40, 36, 3, 3), (33, 32, 3, 3), (40, 36, 3, 3)
+    weights = [random_image(*shape, seed=i) for i, shape in enumerate(shapes)]
+    matrices = [nn.Parameter(weight.flatten(1).clone()) for weight in weights]
+    ours = [nn.Parameter(weight.clone(memory_format=layout)) for weight in weights]
+    settings = {"weight_decay": 0, "adjust_lr_fn": "match_rms_adamw"}
+    theirs = torch.optim.Muon(matrices, lr=0.5, **settings)
+    optimizer = Muon(ours, torch.tensor(0.5))
+    for step in range(4):
+        for i, (weight, matrix) in enumerate(zip(ours, matrices)):
+            weight.grad = random_image(*weight.shape, seed=9 * step + i) - 0.5
+            matrix.grad = weight.grad.flatten(1)
+        optimizer.step()
+        theirs.step()
+    for weight, matrix, start in zip(ours, matrices, weights):
+        moved = weight - start
+        assert 0.05 < moved.std() < 0.4
+        difference = moved.flatten(1) - (matrix - start.flatten(1))
+        assert difference.std() < 0.03 * moved.std()
+
+
+def test_muon_steps_the_wide_convolutions_and_adam_the_rest():
+    adam, muon = begun(random_image(3, 32, 33), optimizer="muon").optimizers
+    sizes = [[w.shape for w in o.param_groups[0]["params"]] for o in (adam, muon)]
+    assert {len(shape) for shape in sizes[0]} == {1, 4}
+    assert (48, 3, 3, 3) in sizes[0] and (3, 32, 3, 3) in sizes[0]
+    assert (32, 64, 3, 3) in sizes[1] and (48, 48, 3, 3) in sizes[1]
+    assert sum(map(len, sizes)) == 36
+
+
 # Learner
 
 
@@ -493,7 +546,7 @@ def test_same_seed_repeats_however_often_one_looks():
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon"])
 def test_learner_goes_on_from_a_state(optimizer):
     y = random_image(1, 32, 33)
     learner = train(begun(y, optimizer=optimizer), 3)
@@ -542,6 +595,135 @@ def test_prediction_is_the_mean_of_the_ensemble():
         samples = [learner._sample(learner.network, masks, 1)[0][0] for _ in range(4)]
     assert not torch.equal(samples[0], samples[1])
     np.testing.assert_allclose(learner.predict(4), sum(samples) / 4, atol=1e-6)
+    np.testing.assert_allclose(learner.variance, np.var(samples, 0), atol=1e-6)
+
+
+# Fusion
+
+
+def naive_wiener(residual, noise):
+    """Patch by patch, frequency by frequency."""
+    size, stride, reach = fusion.PATCH, fusion.STRIDE, fusion.REACH
+    _, height, width = residual.shape
+    around = [(reach, reach + height % 2), (reach, reach + width % 2)]
+    padded = np.pad(residual, [(0, 0), *around], mode="reflect").astype(float)
+    places = [range(0, n - size + 1, stride) for n in padded.shape[1:]]
+    waves = np.array(
+        [
+            [
+                scipy.fft.dctn(
+                    padded[:, i : i + size, j : j + size], axes=(1, 2), norm="ortho"
+                )
+                for j in places[1]
+            ]
+            for i in places[0]
+        ]
+    )
+    total, count = np.zeros_like(padded), np.zeros(padded.shape[1:])
+    edge = fusion.WINDOW // 2
+    for a in range(edge, len(waves) - edge):
+        for b in range(edge, len(waves[0]) - edge):
+            near = waves[a - edge : a + edge + 1, b - edge : b + edge + 1]
+            energy = (near**2).mean((0, 1, 2))
+            kept = waves[a, b] * np.clip(1 - noise / energy, 0, 1)
+            rows, columns = (slice(k * stride, k * stride + size) for k in (a, b))
+            patch = scipy.fft.idctn(kept, axes=(1, 2), norm="ortho")
+            total[:, rows, columns] += patch
+            count[rows, columns] += 1
+    inner = tuple(slice(reach, reach + n) for n in (height, width))
+    return total[:, *inner] / count[inner]
+
+
+@pytest.mark.parametrize("shape", [(1, 33, 36), (3, 32, 35)])
+def test_residuals_filter_is_its_definition(shape, monkeypatch):
+    residual = torch.randn(shape, generator=seeded()) + random_image(*shape)
+    expected = naive_wiener(residual.numpy(), 0.9)
+    assert 0.1 < expected.std() < 0.8
+    np.testing.assert_allclose(wiener(residual, 0.9), expected, atol=1e-5)
+    monkeypatch.setattr(fusion, "SLAB", 300)
+    np.testing.assert_allclose(wiener(residual, 0.9), expected, atol=1e-5)
+
+
+def observed(error, noise, shape=(1, 128, 128)):
+    """A clean image, an estimate of it and an observation, with white differences."""
+    clean = random_image(*shape).numpy()
+    draws = np.random.default_rng(0).standard_normal((2, *shape), np.float32)
+    return clean, clean + error * draws[0], clean + noise * draws[1]
+
+
+def fused(f, y, sigma, error, operator=identity, **settings):
+    """Fuse, told that f's squared error is error**2."""
+    variance = np.full_like(y, error**2 / fusion.SPREAD)
+    return fusion.fuse(f, variance, y, sigma, operator, **settings)
+
+
+@pytest.mark.parametrize("error", [0.02, 0.05, 0.1])
+def test_fusing_white_errors_is_the_inverse_variance_mean(error):
+    noise = 0.05
+    clean, f, y = observed(error, noise)
+    best = error**2 / (error**2 + noise**2)
+    result, predicted = fused(f, y, 255 * noise, error)
+    expected = best * noise**2
+    assert ((result - clean) ** 2).mean() == pytest.approx(expected, rel=0.1)
+    assert predicted.mean() == pytest.approx(expected, rel=1e-3)
+    assert np.abs(result - f - best * (y - f)).mean() < 0.25 * error
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fusing_without_noise_gives_y_and_with_much_the_ensemble(channels):
+    _, f, y = observed(0.1, 0.1, (channels, 40, 33))
+    np.testing.assert_allclose(fused(f, y, 0, 0.1)[0], y, atol=1e-5)
+    np.testing.assert_allclose(fused(f, y, 1e4, 0.1)[0], f, atol=1e-6)
+
+
+def test_fusing_inverts_the_operator():
+    """Without noise: f plus the dense system's solution for the residual."""
+    psf = np.array([[0, 0.05, 0.0], [0.1, 0.6, 0.15], [0.0, 0.1, 0.0]])
+    _, f, y = observed(0.1, 0.1, (1, 32, 33))
+    blur = CircularBlur(psf)
+    pixels = torch.eye(32 * 33).view(-1, 1, 32, 33)
+    matrix = blur(pixels).reshape(32 * 33, -1).T
+    residual = torch.from_numpy(y) - blur(torch.from_numpy(f)[None])[0]
+    expected = f.ravel() + torch.linalg.solve(matrix, residual.ravel()).numpy()
+    result, _ = fused(f, y, 0, 0.1, blur)
+    np.testing.assert_allclose(result.ravel(), expected, atol=1e-4)
+
+
+def test_fusing_under_a_blur_of_one_pixel_is_the_pointwise_form():
+    _, f, y = observed(0.05, 0.1, (3, 40, 36))
+    result, error = fused(f, y, 25.5, 0.05, CircularBlur(np.ones((1, 1))))
+    expected, expected_error = fused(f, y, 25.5, 0.05)
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+    np.testing.assert_allclose(error, expected_error, atol=1e-6)
+
+
+def test_fusing_does_not_blow_up_what_a_blur_has_taken():
+    clean = ndimage.gaussian_filter(random_image(1, 64, 64).numpy(), (0, 1.5, 1.5))
+    blur = CircularBlur(gaussian_psf(15, 2.0))
+    noise = 0.01 * torch.randn(1, 64, 64, generator=seeded())
+    y = blur(torch.from_numpy(clean)[None])[0] + noise
+    f = ndimage.gaussian_filter(clean, (0, 1, 1))
+    error = np.sqrt(((f - clean) ** 2).mean())
+    result, _ = fused(f, y, 2.55, error, blur)
+    assert np.sqrt(((result - clean) ** 2).mean()) < 0.95 * error
+
+
+def test_clipped_entries_are_left_out():
+    _, f, y = observed(0.05, 0.1, (1, 64, 128))
+    y[:, :, :64] = 1
+    result, _ = fused(f, y, 5, 0.05, clipped=True)
+    far = 64 - fusion.REACH - fusion.STRIDE
+    np.testing.assert_allclose(result[:, :, :far], f[:, :, :far], atol=1e-6)
+    assert np.abs(result - f)[:, :, 64:].mean() > 0.01
+
+
+def test_learner_fuses_its_own_observation_and_variance():
+    y = random_image(1, 32, 33)
+    learner = train(begun(y, roll), 2)
+    ensemble = learner.predict(4)
+    expected = fusion.fuse(ensemble, learner.variance, y, 20, roll)
+    for made, other in zip(learner.fuse(ensemble, 20), expected, strict=True):
+        np.testing.assert_array_equal(made, other)
 
 
 # Captured step
@@ -560,9 +742,10 @@ def test_replays_draw_new_masks():
 
 
 @needs_cuda
-def test_captured_steps_are_eager_steps():
-    y = random_image(3, 64, 64)
-    captured, eager = begun(y, roll, device="cuda"), begun(y, roll, device="cuda")
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_captured_steps_are_eager_steps(optimizer):
+    y, settings = random_image(3, 64, 64), {"optimizer": optimizer, "device": "cuda"}
+    captured, eager = begun(y, roll, **settings), begun(y, roll, **settings)
     for _ in range(5):
         captured.train_step()
         eager._train()
@@ -620,12 +803,14 @@ def test_averaged_weights_are_the_ones_that_predict():
     assert (learner.predict(2) == before).all()
 
 
-def test_annealed_learning_rate_rises_and_falls():
-    learner = begun(random_image(1, 32, 33), lr=0.1, anneal=40)
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_annealed_learning_rate_rises_and_falls(optimizer):
+    settings = {"lr": 0.1, "anneal": 40, "optimizer": optimizer}
+    learner = begun(random_image(1, 32, 33), **settings)
     rates = []
     for _ in range(40):
         learner.train_step()
-        rates.append(float(learner.optimizer.param_groups[0]["lr"]))
+        rates.append(float(learner.optimizers[-1].param_groups[0]["lr"]))
     assert rates[0] == pytest.approx(0.05, rel=0.01)
     assert max(rates) == rates[1]
     assert rates[20] == pytest.approx(0.05)
