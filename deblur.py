@@ -33,7 +33,7 @@ DEFAULTS = {
     "drop_rate": 0.3,  # p of the Bernoulli mask and of the dropout, in [0, 1)
     "iteration": 150000,  # training steps
     "lr": 1e-4,  # learning rate
-    "optimizer": "adam",  # adam or adamw
+    "optimizer": "adam",  # adam, adamw or muon
     "bs": 1,  # Bernoulli samples of the observation per step
     "seed": 0,  # of noise, weights, masks and dropout
     "device": "auto",  # auto, cpu, cuda, cuda:N or mps
@@ -41,6 +41,8 @@ DEFAULTS = {
     "resume": False,  # True: go on from the checkpoint of an interrupted run
     "test_frequency": 1000,  # steps between ensemble predictions
     "num_prediction": 100,  # predictions averaged
+    "fuse": "off",  # on: give the ensemble back what its residual holds besides noise
+    "noise_sigma": None,  # an observed image's sigma, for fusing; None: estimated
     "model_type": "deblur",  # name of the results folder
     "log_path": "./logs/deblur/log.txt",  # its .csv and .png stand beside it
 }
@@ -159,8 +161,9 @@ def restore(record, blur, learner, args):
     for step in record.steps(learner):
         learner.train_step()
         if record.is_test(step):
-            restored = learner.predict(args.num_prediction)
-            record.add(step, learner.mean_loss(), restored)
+            ensemble = learner.predict(args.num_prediction)
+            fused = learner.fuse(ensemble, *record.noise) if args.fuse == "on" else ()
+            record.add(step, learner.mean_loss(), ensemble, *fused)
 
 
 def main(argv=None):

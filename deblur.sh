@@ -1,6 +1,6 @@
 #!/bin/sh
-# Deblur; a flag given after the script's name wins over the one here. Steps, learning
-# rate and drop rate are the recipe's: a value here would win over it.
+# Deblur; a flag given after the script's name wins over the one here. Steps, drop rate,
+# optimiser and learning rate are the recipe's: a value here would win over it.
 exec python "$(dirname "$0")/deblur.py" \
     --path camera \
     --recipe paper \
@@ -8,7 +8,6 @@ exec python "$(dirname "$0")/deblur.py" \
     --kernel_size 15 \
     --kernel_sigma 1.0 \
     --bs 1 \
-    --optimizer adam \
     --seed 0 \
     --test_frequency 1000 \
     --num_prediction 100 \

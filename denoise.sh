@@ -1,12 +1,11 @@
 #!/bin/sh
-# Denoise; a flag given after the script's name wins over the one here. Steps, learning
-# rate and drop rate are the recipe's: a value here would win over it.
+# Denoise; a flag given after the script's name wins over the one here. Steps, drop rate,
+# optimiser and learning rate are the recipe's: a value here would win over it.
 exec python "$(dirname "$0")/denoise.py" \
     --path camera \
     --recipe paper \
     --sigma 25 \
     --bs 1 \
-    --optimizer adam \
     --seed 0 \
     --test_frequency 1000 \
     --num_prediction 100 \

@@ -28,6 +28,7 @@ os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**25))
 import cv2
 import numpy as np
 import scipy.io
+import scipy.ndimage
 import skimage.data
 import torch
 from matplotlib.figure import Figure
@@ -112,7 +113,7 @@ OPTIONS = {
     ),
     "iteration": Option(positive_int, "training steps", label="{}steps".format),
     "lr": Option(positive, "learning rate", label="lr{}".format),
-    "optimizer": Option(str, "optimiser", ("adam", "adamw"), "{}".format),
+    "optimizer": Option(str, "optimiser", ("adam", "adamw", "muon"), "{}".format),
     "bs": Option(
         positive_int,
         "Bernoulli samples of the observation per step",
@@ -134,6 +135,17 @@ OPTIONS = {
         bool, "the image IS the observation: simulate nothing", label="observed".format
     ),
     "reference": Option(str, "clean image to score an --observed one against"),
+    "fuse": Option(
+        str,
+        "give back to the ensemble what its residual holds besides noise",
+        ("on", "off"),
+        "fuse_{}".format,
+    ),
+    "noise_sigma": Option(
+        positive,
+        "noise of an --observed image, 0-255 scale; default: estimated",
+        label="noise{}".format,
+    ),
     "resume": Option(bool, "go on from the checkpoint of an interrupted run"),
     "device": Option(str, "auto, cpu, cuda, cuda:N or mps"),
     "model_type": Option(str, "name of the results folder"),
@@ -152,13 +164,15 @@ RECIPES = {
     },
     "fast": {
         "iteration": 1000,
-        "lr": 2e-3,
+        "optimizer": "muon",
+        "lr": 3e-3,
         "drop_rate": 0.2,
         "beta2": 0.9,  # no step is larger than the learning rate
         "anneal": True,
-        "average": 0.99,
+        "average": 0.9,
         "ratio": "entries",  # full windows scaled by 1
         "start": "mean",  # the last bias makes the observation's mean
+        "fuse": "on",
     },
 }
 
@@ -199,14 +213,20 @@ def parse_arguments(description, defaults, argv=None):
     explicit = vars(parser.parse_args(argv))
     recipe = RECIPES[explicit.get("recipe", defaults["recipe"])]
     args = argparse.Namespace(**(defaults | recipe | explicit))
+    if args.observed and "fuse" not in explicit:
+        args.fuse = "off"  # a camera's noise is not white: see README
     try:
         args.device = choose_device(args.device)
         if args.reference and not args.observed:
             raise InputError("--reference goes with --observed")
+        if args.noise_sigma and not args.observed:
+            raise InputError("--noise_sigma goes with --observed; --sigma adds noise")
         if not args.model_type or Path(args.model_type).name != args.model_type:
             raise InputError(f"--model_type {args.model_type!r}: no name of a folder")
         if not Path(args.log_path).name:
             raise InputError(f"--log_path {args.log_path!r}: no name of a file")
+        if args.fuse == "on" and not args.drop_rate:
+            raise InputError("--fuse on needs a --drop_rate above 0")
         share()
     except InputError as error:
         parser.error(error)
@@ -470,6 +490,24 @@ def gaussian_noise(shape, sigma, seed):
     return (draws * (sigma / 255)).astype(np.float32)
 
 
+def estimate_sigma(observation):
+    """Estimate the standard deviation of white noise, on the 0-255 scale.
+
+    From the median size of a detail that planes do not have (Immerkaer 1996, made
+    robust), at entries between 0 and 1: a camera clips there. Texture adds to it.
+
+    Args:
+        observation: (C, H, W), [0, 1] scale.
+    """
+    detail = np.array([1, -2, 1]) / math.sqrt(6)
+    size = observation.astype(np.float64)
+    for axis in (1, 2):
+        size = scipy.ndimage.correlate1d(size, detail, axis)
+    inside = (observation > 0) & (observation < 1)
+    size = np.abs(size[inside if inside.any() else ...])
+    return float(255 * np.median(size) / 0.67449)
+
+
 def score(image, clean):
     """PSNR in dB (peak 1) and SSIM (Wang et al. 2004) of the clipped image (C, H, W)."""
     image = np.clip(image, 0, 1).astype(np.float64)
@@ -499,7 +537,8 @@ def save_mat(path, **arrays):
 # --- results and log -----------------------------------------------------------------
 
 OWN_FILES = (
-    *("noisy.png", "noise.mat", "blurred.png", "kernel.mat", "record.json"),
+    *("noisy.png", "noise.mat", "blurred.png", "kernel.mat", "error.mat"),
+    "record.json",
     *("Self2Self-*.png", "restored.*", "comparison.png", "checkpoint*.pt"),
 )
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
@@ -542,9 +581,16 @@ class Record:
         Args:
             observation: y, (C, H, W), [0, 1] scale, not clipped.
             parts: noise (C, H, W), blurred (C, H, W) and kernel (h, w), where known.
+
+        `noise` then holds its noise's standard deviation on the 0-255 scale, simulated,
+        given or estimated, and whether a camera clipped it.
         """
         self.observation = observation
         self.observed = None if self.clean is None else score(observation, self.clean)
+        sigma = self.args.sigma
+        if self.args.observed:
+            sigma = self.args.noise_sigma or estimate_sigma(observation)
+        self.noise = sigma, self.args.observed
         saved = self._load() if self.args.resume else None
         if saved is None:
             self._clear()
@@ -558,10 +604,7 @@ class Record:
         if "blurred" in parts:
             self.picture.save(self.folder / "blurred.png", parts["blurred"])
         for key in parts.keys() & {"noise", "kernel"}:
-            array = parts[key]
-            if key == "noise":
-                array = array.transpose(1, 2, 0).squeeze()
-            save_mat(self.folder / f"{key}.mat", **{key: array})
+            self._save_mat(key, parts[key])
         self.run.begin(self)
 
     def steps(self, learner):
@@ -643,23 +686,37 @@ class Record:
         """Tell whether the ensemble is to be predicted after this step."""
         return step % self.args.test_frequency == 0 or step == self.args.iteration
 
-    def add(self, step, loss, restored):
+    def add(self, step, loss, ensemble, fused=None, error=None):
         """Log a test and save its picture.
 
         Args:
             step: training steps done.
             loss: mean loss since the last test.
-            restored: the ensemble's mean, (C, H, W).
+            ensemble: the ensemble's mean, (C, H, W): the result, or else
+            fused: that, fused with the observation, and
+            error: its predicted squared error, both (C, H, W).
         """
+        restored = ensemble if fused is None else fused
         if not np.isfinite(restored).all():
             return  # dead, which `steps` will see
-        psnr, ssim = (None, None) if self.clean is None else score(restored, self.clean)
-        self.rows.append((step, loss, psnr, ssim, self.seconds))
+        psnr = ssim = plain = None
+        if self.clean is not None:
+            psnr, ssim = score(restored, self.clean)
+            plain = psnr if fused is None else score(ensemble, self.clean)[0]
+        self.rows.append((step, loss, psnr, ssim, plain, self.seconds))
         self.latest = restored
+        if error is not None:
+            self._save_mat("error", error)
         self.picture.save(self.folder / f"Self2Self-{step}.png", restored)
         self._write_record()
         self.run.write_log()
         tqdm.write(f"{self.name}: {row_text(self.rows[-1])}")
+
+    def _save_mat(self, key, array):
+        """Write a PSF (h, w) or an image (C, H, W) as <key>.mat."""
+        if array.ndim == 3:
+            array = array.transpose(1, 2, 0).squeeze()
+        save_mat(self.folder / f"{key}.mat", **{key: array})
 
     def heading(self):
         """Name the image, its size and what its observation scores."""
@@ -790,7 +847,7 @@ class Record:
 
 SUMMARY = ("image", "size", "observation_psnr", "psnr", "ssim", "steps", "seconds")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-COLUMNS = ("image", "step", "loss", "psnr", "ssim", "seconds")
+COLUMNS = ("image", "step", "loss", "psnr", "ssim", "ensemble_psnr", "seconds")
 
 
 class Run:
@@ -915,7 +972,7 @@ class Run:
             with suppress(OSError, ValueError, KeyError):  # none, or not ours
                 record = json.loads(path.read_text())
                 if record["finished"]:
-                    step, _, psnr, ssim, seconds = record["rows"][-1]
+                    step, _, psnr, ssim, _, seconds = record["rows"][-1]
                     before = (record["observation"] or [None])[0]
                     scores = record["size"], before, psnr, ssim, step, round(seconds, 1)
                     table.append((record["name"], *scores))
@@ -1004,9 +1061,13 @@ def fail(error):
 
 def row_text(row):
     """Write a test as a line of the log."""
-    step, loss, psnr, ssim, _ = row
+    step, loss, psnr, ssim, ensemble, _ = row
     text = f"step {step:7d}  loss {loss:.6f}"
-    return text if psnr is None else f"{text}  PSNR {psnr:.3f} dB  SSIM {ssim:.4f}"
+    if psnr is not None:
+        text += f"  PSNR {psnr:.3f} dB  SSIM {ssim:.4f}"
+    if ensemble != psnr:
+        text += f"  plain ensemble {ensemble:.3f} dB"
+    return text
 
 
 def describe(image):

@@ -137,6 +137,43 @@ def test_fast_recipe_names_its_steps():
     assert {n.split("_", 2)[2] for n in names} == {f"{ending}_{n}steps" for n in (4, 6)}
 
 
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_fused_results_state_the_plain_ensemble_too(task):
+    write("in/a.png", channels=3)
+    assert run(task, "--path in/a.png --fuse on") == 0
+    assert run(task, "--path in/a.png --log_path off/log.txt") == 0
+    logs = Path(f"logs/{task}"), Path("off")
+    tables = [list(csv.DictReader((log / "log.csv").open())) for log in logs]
+    for fused, plain in zip(*tables, strict=True):
+        assert fused["ensemble_psnr"] == plain["ensemble_psnr"] == plain["psnr"]
+        assert fused["psnr"] != plain["psnr"]
+    texts = [(log / "log.txt").read_text() for log in logs]
+    told = f"plain ensemble {float(tables[1][-1]['psnr']):.3f} dB"
+    assert [text.count(told) for text in texts] == [1, 0]
+    fused, plain = sorted(Path(f"images/in/a.png/{task}").iterdir(), reverse=True)
+    assert fused.name == f"{plain.name}_fuse_on"
+    error = scipy.io.loadmat(fused / "error.mat")["error"]
+    assert error.shape == (32, 32, 3) and error.min() >= 0
+    assert not (plain / "error.mat").exists()
+
+
+def test_an_observed_images_noise_is_given_or_estimated():
+    noisy = RNG.normal(128, 20, (64, 64)).clip(1, 254).astype(np.uint8)
+    Path("in").mkdir()
+    cv2.imwrite("in/a.png", noisy)
+    errors = []
+    for flags in ("", "--noise_sigma 20", "--noise_sigma 60"):
+        assert run("denoise", f"--path in/a.png --observed --fuse on {flags}") == 0
+    for name in ("", "_noise20.0", "_noise60.0"):
+        (made,) = Path("images/in/a.png/denoise").glob(f"*_observed_fuse_on{name}")
+        errors.append(scipy.io.loadmat(made / "error.mat")["error"].mean())
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+    assert errors[2] > errors[1]
+    assert run("denoise", "--path in/a.png --observed --recipe fast") == 0
+    (made,) = Path("images/in/a.png/denoise").glob("*fast*")
+    assert "fuse_off" in made.name  # a camera's noise is not white
+
+
 def test_a_network_that_dies_starts_over(capsys, monkeypatch):
     flags = "--path camera --crop 32 --lr 0.1 --iteration 100 --test_frequency 50"
     monkeypatch.setattr(utils, "ATTEMPTS", 1)
@@ -352,6 +389,10 @@ def bad_inputs():
         ("--crop 1.5", "--crop"),
         ("--colour yes", "--colour"),
         ("--optimizer sgd", "--optimizer"),
+        ("--fuse maybe", "--fuse"),
+        ("--fuse on --drop_rate 0", "--drop_rate"),
+        ("--noise_sigma 5", "--observed"),
+        ("--observed --noise_sigma 0", "--noise_sigma"),
         ("--device abacus", "unknown device 'abacus'"),
         ("--device cuda:99", "no device 'cuda:99'"),
         ("--path good.png --reference good.png", "--observed"),

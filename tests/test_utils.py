@@ -103,6 +103,16 @@ def test_noise_is_white_and_of_the_named_sigma():
     assert not (noise == utils.gaussian_noise((3, 200, 200), 25, 2)).any()
 
 
+@pytest.mark.parametrize("sigma", [2, 10, 25])
+def test_noise_is_estimated_from_an_image_with_structure(sigma):
+    rows, columns = np.mgrid[:120, :160] / 100
+    clean = np.stack([np.sin(3 * rows) / 2, columns > rows, 0.4 * columns]) * 0.8 + 0.1
+    noisy = (clean + utils.gaussian_noise(clean.shape, sigma, 0)).clip(0, 1)
+    assert utils.estimate_sigma(noisy) == pytest.approx(sigma, rel=0.1)
+    noisy[:, :, :60] = 1  # burnt out
+    assert utils.estimate_sigma(noisy) == pytest.approx(sigma, rel=0.1)
+
+
 def test_scores_are_those_of_the_clipped_image():
     clean = RNG.random((1, 40, 40)).astype(np.float32)
     assert utils.score(clean, clean) == (np.inf, pytest.approx(1))
