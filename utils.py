@@ -166,7 +166,6 @@ RECIPES = {
         "iteration": 1000,
         "optimizer": "muon",
         "lr": 3e-3,
-        "drop_rate": 0.2,
         "beta2": 0.9,  # no step is larger than the learning rate
         "anneal": True,
         "average": 0.9,

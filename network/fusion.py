@@ -12,7 +12,7 @@ REACH = PATCH - STRIDE + STRIDE * (WINDOW // 2)  # pixels that an entry is decid
 SLAB = 2**18  # pixels worked on at a time, for memory's sake
 
 # Measured on crops of House, Peppers and kodim01, sigma 10 to 50:
-SPREAD = 2.5  # the ensemble's squared error, in units of its predictions' variance
+SPREAD = 2.2  # the ensemble's squared error, in units of its predictions' variance
 CAUTION = 0.05  # how much more than the noise's energy is taken for noise
 
 

@@ -10,6 +10,7 @@ or "fast,-average": the ingredient taken away, as in the recipe "paper".
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -32,11 +33,12 @@ import deblur
 import denoise
 from network import Self2Self
 
+SCORES = ("psnr", "ssim", "seconds", "lived", "plain", "predicted", "correlation")
 BUNDLED = ("camera", "brick", "coins", "astronaut", "chelsea", "coffee")
 SCRIPTS = {"denoise": denoise, "deblur": deblur}
 
 
-def settings(task, text, steps, seed, device):
+def settings(task, text, steps, seed, device, sigma):
     """Return the options' values that a recipe and a number of steps stand for."""
     name, *changes = text.split(",")
     defaults = SCRIPTS[task].DEFAULTS | utils.RECIPES["paper"]
@@ -48,21 +50,29 @@ def settings(task, text, steps, seed, device):
             key, value = change.split("=")
             values[key] = type(values[key])(json.loads(value))
     values |= {"iteration": steps or values["iteration"]}
-    values |= {"seed": seed, "device": device}
+    values |= {"seed": seed, "device": device, "sigma": sigma}
     return argparse.Namespace(**values)
 
 
 def learn(learner, y, operator, clean, args):
-    """Return PSNR, SSIM, seconds and whether the network lived of one run."""
+    """Return one run's scores, in the order of SCORES."""
     started = time.perf_counter()
     learner.begin(y, operator)
     lived = True
     for step in range(1, args.iteration + 1):
         learner.train_step()
         lived = lived and (step % 100 != 0 or learner.alive())
-    restored = learner.predict(args.num_prediction)
+    restored = ensemble = learner.predict(args.num_prediction)
+    predicted = correlation = math.nan
+    if args.fuse == "on":
+        restored, error = learner.fuse(ensemble, args.sigma)
+        true = (restored - clean) ** 2
+        predicted = float(error.mean() / true.mean())
+        correlation = float(np.corrcoef(error.ravel(), true.ravel())[0, 1])
     seconds = time.perf_counter() - started
-    return [*utils.score(restored, clean), seconds, lived]
+    plain = utils.score(ensemble, clean)[0]
+    scores = *utils.score(restored, clean), seconds, lived
+    return [*scores, plain, predicted, correlation]
 
 
 def denoise_classically(y, sigma):
@@ -163,13 +173,20 @@ def main():
         place = (*case, picture.folder, picture.name, args.crop, seed, device.type)
         rows = tables.setdefault(case, {})
         values = [*utils.score(y, clean), 0.0, True]
+        values += [values[0], math.nan, math.nan]
         rows.setdefault("observation", []).append(values)
         for text, steps in itertools.product(args.recipes, args.steps):
-            chosen = settings(args.task, text, steps, seed, device)
+            chosen = settings(args.task, text, steps, seed, device, sigma)
             made_with = utils.learner_settings(chosen)
             learner = learners.setdefault(str(made_with), Self2Self(**made_with))
             values = measured(
-                (*place, chosen.iteration, chosen.num_prediction, made_with),
+                (
+                    *place,
+                    chosen.iteration,
+                    chosen.num_prediction,
+                    chosen.fuse,
+                    made_with,
+                ),
                 *(learn, learner, y, operator, clean, chosen),
             )
             rows.setdefault(f"{text}, {chosen.iteration} steps", []).append(values)
@@ -177,21 +194,29 @@ def main():
         known = sigma if psf is None else psf
         values = measured((*place, "classical"), classical, y, known, clean)
         for name, (psnr, ssim) in values.items():
-            rows.setdefault(name, []).append([psnr, ssim, 0.0, True])
+            values = [psnr, ssim, 0.0, True, psnr, math.nan, math.nan]
+            rows.setdefault(name, []).append(values)
 
     for case, rows in tables.items():
         print(f"\n{case[0]}, PSF {case[1]}, sigma {case[2]:g}; {len(files)} images,")
         print(f"{args.crop} crops, seeds {args.seeds}, {device}\n")
-        print("| method | PSNR, dB | SSIM | lowest | seeds' spread | seconds | died |")
-        print("|---|---|---|---|---|---|---|")
+        print(
+            "| method | PSNR, dB | SSIM | lowest | seeds' spread | seconds | died |",
+            end="",
+        )
+        print(" plain ensemble | least gain | predicted / true error | correlation |")
+        print("|---" * 11 + "|")
         for name, values in rows.items():
             values = np.array(values, float)
-            psnr, ssim, seconds, lived = values.mean(0)
+            psnr, ssim, seconds, lived, plain, *error = values.mean(0)
+            gain = (values[:, 0] - values[:, 4]).min()
             runs = values[:, 0].reshape(len(args.seeds), -1)  # seed, image
             spread = runs.mean(1).std(ddof=1) if len(runs) > 1 else float("nan")
             cells = f"{psnr:.2f}", f"{ssim:.4f}", f"{runs.min():.2f}", f"{spread:.2f}"
             died = f"{(1 - lived) * len(values):.0f}"
-            print("|", " | ".join([name, *cells, f"{seconds:.1f}", died]), "|")
+            cells += f"{seconds:.1f}", died, f"{plain:.2f}", f"{gain:+.2f}"
+            cells += tuple(f"{x:.2f}" for x in error)
+            print("|", " | ".join([name, *cells]), "|")
 
 
 if __name__ == "__main__":
