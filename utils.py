@@ -330,7 +330,8 @@ def write_atomically(path, data):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # none, or the disk has become read-only
+            temporary.unlink()
 
 
 @contextmanager
