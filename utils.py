@@ -212,8 +212,8 @@ def parse_arguments(description, defaults, argv=None):
     explicit = vars(parser.parse_args(argv))
     recipe = RECIPES[explicit.get("recipe", defaults["recipe"])]
     args = argparse.Namespace(**(defaults | recipe | explicit))
-    if args.observed and "fuse" not in explicit:
-        args.fuse = "off"  # a camera's noise is not white: see README
+    if (args.observed or not args.drop_rate) and "fuse" not in explicit:
+        args.fuse = "off"  # a camera's noise is not white; README says more
     try:
         args.device = choose_device(args.device)
         if args.reference and not args.observed:
@@ -692,9 +692,9 @@ class Record:
         Args:
             step: training steps done.
             loss: mean loss since the last test.
-            ensemble: the ensemble's mean, (C, H, W): the result, or else
-            fused: that, fused with the observation, and
-            error: its predicted squared error, both (C, H, W).
+            ensemble: the ensemble's mean, (C, H, W).
+            fused: that, fused with the observation, which then is the result.
+            error: the fused one's predicted squared error, (C, H, W).
         """
         restored = ensemble if fused is None else fused
         if not np.isfinite(restored).all():
@@ -723,6 +723,8 @@ class Record:
         text = f"{self.name}: {describe(self.image)}"
         if self.observed:
             text += f", observation {self.observed[0]:.3f} dB, {self.observed[1]:.4f}"
+        if self.args.fuse == "on":
+            text += f", noise sigma {self.noise[0]:.4g}"
         return text
 
     def _scored(self):

@@ -161,9 +161,12 @@ def test_an_observed_images_noise_is_given_or_estimated():
     noisy = RNG.normal(128, 20, (64, 64)).clip(1, 254).astype(np.uint8)
     Path("in").mkdir()
     cv2.imwrite("in/a.png", noisy)
-    errors = []
+    errors, sigmas = [], []
     for flags in ("", "--noise_sigma 20", "--noise_sigma 60"):
         assert run("denoise", f"--path in/a.png --observed --fuse on {flags}") == 0
+        log = Path("logs/denoise/log.txt").read_text()
+        sigmas.append(float(re.search(r"noise sigma ([\d.]+)", log)[1]))
+    assert sigmas == [pytest.approx(20, rel=0.1), 20, 60]
     for name in ("", "_noise20.0", "_noise60.0"):
         (made,) = Path("images/in/a.png/denoise").glob(f"*_observed_fuse_on{name}")
         errors.append(scipy.io.loadmat(made / "error.mat")["error"].mean())
