@@ -212,20 +212,23 @@ def parse_arguments(description, defaults, argv=None):
     explicit = vars(parser.parse_args(argv))
     recipe = RECIPES[explicit.get("recipe", defaults["recipe"])]
     args = argparse.Namespace(**(defaults | recipe | explicit))
-    if (args.observed or not args.drop_rate) and "fuse" not in explicit:
-        args.fuse = "off"  # a camera's noise is not white; README says more
+    # Without dropped entries, without noise and of one prediction there is nothing to
+    # fuse; a camera's noise is not white, which is for the user to judge.
+    nothing = not (args.drop_rate and args.sigma and args.num_prediction > 1)
+    if (nothing or args.observed) and "fuse" not in explicit:
+        args.fuse = "off"
     try:
         args.device = choose_device(args.device)
         if args.reference and not args.observed:
             raise InputError("--reference goes with --observed")
-        if args.noise_sigma and not args.observed:
-            raise InputError("--noise_sigma goes with --observed; --sigma adds noise")
+        if args.noise_sigma and not (args.observed and args.fuse == "on"):
+            raise InputError("--noise_sigma goes with --observed and --fuse on")
         if not args.model_type or Path(args.model_type).name != args.model_type:
             raise InputError(f"--model_type {args.model_type!r}: no name of a folder")
         if not Path(args.log_path).name:
             raise InputError(f"--log_path {args.log_path!r}: no name of a file")
-        if args.fuse == "on" and not args.drop_rate:
-            raise InputError("--fuse on needs a --drop_rate above 0")
+        if args.fuse == "on" and not (args.drop_rate and args.num_prediction > 1):
+            raise InputError("--fuse on needs a --drop_rate and several predictions")
         share()
     except InputError as error:
         parser.error(error)
@@ -494,17 +497,23 @@ def estimate_sigma(observation):
     """Estimate the standard deviation of white noise, on the 0-255 scale.
 
     From the median size of a detail that planes do not have (Immerkaer 1996, made
-    robust), at entries between 0 and 1: a camera clips there. Texture adds to it.
+    robust), around entries between 0 and 1: a camera clips there. Perfectly flat
+    places, a frame's, do not count. Texture adds to it.
 
     Args:
         observation: (C, H, W), [0, 1] scale.
+
+    Raises:
+        InputError: nothing is left to estimate it from.
     """
     detail = np.array([1, -2, 1]) / math.sqrt(6)
     size = observation.astype(np.float64)
     for axis in (1, 2):
         size = scipy.ndimage.correlate1d(size, detail, axis)
-    inside = (observation > 0) & (observation < 1)
-    size = np.abs(size[inside if inside.any() else ...])
+    size = np.abs(size[(observation > 0) & (observation < 1)])
+    size = size[size > 1e-9]
+    if not size.size:
+        raise InputError("no noise is found in this image; --noise_sigma names it")
     return float(255 * np.median(size) / 0.67449)
 
 
@@ -582,15 +591,14 @@ class Record:
             observation: y, (C, H, W), [0, 1] scale, not clipped.
             parts: noise (C, H, W), blurred (C, H, W) and kernel (h, w), where known.
 
-        `noise` then holds its noise's standard deviation on the 0-255 scale, simulated,
-        given or estimated, and whether a camera clipped it.
+        For fusing, `noise_sigma` is then its noise's standard deviation on the 0-255
+        scale: simulated, given or estimated.
         """
         self.observation = observation
         self.observed = None if self.clean is None else score(observation, self.clean)
-        sigma = self.args.sigma
-        if self.args.observed:
-            sigma = self.args.noise_sigma or estimate_sigma(observation)
-        self.noise = sigma, self.args.observed
+        self.noise_sigma = self.args.noise_sigma or self.args.sigma
+        if self.args.observed and self.args.fuse == "on" and not self.args.noise_sigma:
+            self.noise_sigma = estimate_sigma(observation)
         saved = self._load() if self.args.resume else None
         if saved is None:
             self._clear()
@@ -666,6 +674,7 @@ class Record:
     def _restart(self, learner, step):
         """Start a network that died over, if it may be worth it."""
         told = f"{self.name}: the network died (constant or non-finite output) by step {step}"
+        (self.folder / "error.mat").unlink(missing_ok=True)  # of the dead one
         good = [row for row in self.rows if LOSS_EVERY <= row[0] < step]
         if step > EARLY and good:
             self.rows = good
@@ -724,7 +733,7 @@ class Record:
         if self.observed:
             text += f", observation {self.observed[0]:.3f} dB, {self.observed[1]:.4f}"
         if self.args.fuse == "on":
-            text += f", noise sigma {self.noise[0]:.4g}"
+            text += f", noise sigma {self.noise_sigma:.4g}"
         return text
 
     def _scored(self):
@@ -936,8 +945,8 @@ class Run:
                 if not isinstance(error, known) and "t allocate" not in str(error):
                     raise
                 size = describe(self.records[-1].image) if self.records else "its size"
-                told = f"{file}: out of memory at {size}; a --crop, a smaller --bs"
-                told += " or --device cpu needs less"
+                told = f"{file}: out of memory at {size}; a --crop, a smaller --bs,"
+                told += " --fuse off or --device cpu needs less"
             except Stopped as stop:
                 command = shlex.join([*sys.argv, "--resume"])
                 fail(f"{stop}; go on with: python {command}")

@@ -13,7 +13,7 @@ SLAB = 2**18  # pixels worked on at a time, for memory's sake
 
 # Measured on crops of House, Peppers and kodim01, sigma 10 to 50:
 SPREAD = 2.2  # the ensemble's squared error, in units of its predictions' variance
-CAUTION = 0.05  # how much more than the noise's energy is taken for noise
+CAUTION = 0.05  # energy taken for noise over the noise's, per noise over error
 
 
 def cosines():
@@ -25,24 +25,24 @@ def cosines():
     return planes.reshape(PATCH**2, 1, PATCH, PATCH).float()
 
 
-def fuse(ensemble, variance, observation, sigma, forward_operator, clipped=False):
+def fuse(ensemble, variance, observation, sigma, forward_operator):
     """Give the ensemble's mean back what its residual holds besides noise.
 
     The residual r = y - A(f) is noise, and the error of f under A. In overlapping
     patches its energy in a frequency, averaged over a window and the channels, is
     E = s^2 + e, with s^2 the noise's and e the error's, which so is known without a
-    clean image; r e / E is the best linear estimate of A(x - f). Dividing by A's
-    transfer function gives x - f. For A = identity and flat energies that is the
+    clean image; r e / E is the best linear estimate of A(x - f). The less error there
+    is to find, by the predictions' variance, the more of E is taken for noise, which
+    varies. Dividing by A's transfer function gives x - f. For A = identity and flat energies that is the
     inverse-variance mean of f and y; but a network errs in some frequencies and places.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
         variance: of the predictions, of the same shape.
-        observation: y, likewise; not clipped.
+        observation: y, likewise.
         sigma: s, standard deviation of y's white noise on the 0-255 scale.
-        forward_operator: A, linear and the same at every place of the image, which it
-            takes as periodic; from and to (1, C, H, W).
-        clipped: leave out entries where y is not between 0 and 1, as a camera clips.
+        forward_operator: A, linear, for every channel by itself and the same at every
+            place of the image, which it takes as periodic; from and to (1, C, H, W).
 
     Returns:
         The fused restoration, and its squared error as predicted from the variance;
@@ -54,8 +54,6 @@ def fuse(ensemble, variance, observation, sigma, forward_operator, clipped=False
     noise, error = (sigma / 255) ** 2, SPREAD * variance
     mean = max(error.mean().item(), 1e-12)
     residual = y - forward_operator(f[None])[0]
-    if clipped:
-        residual *= (y > 0) & (y < 1)
     impulse = y.new_zeros(1, 1, *size)
     impulse[..., 0, 0] = 1
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
@@ -63,8 +61,9 @@ def fuse(ensemble, variance, observation, sigma, forward_operator, clipped=False
     margin = 1 + CAUTION * noise / mean / len(f) ** 0.5
     found = torch.fft.rfft2(wiener(residual, margin * noise))
     # Where A passes too little, the noise that is left would be blown up.
-    found *= transfer.conj() / power.clamp(min=max(1e-4, min(1, noise / mean / 8)))
-    left = noise / (mean * power + noise + 1e-12)
+    passed = power.clamp(min=max(1e-4, min(1, noise / mean / 8)))
+    found *= transfer.conj() / passed
+    left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
     fused = f + torch.fft.irfft2(found, s=size)
     return fused.cpu().numpy(), (error * left.mean()).cpu().numpy()
 
@@ -76,7 +75,7 @@ def wiener(residual, noise):
     around = (REACH, right, REACH, below)
     basis = cosines().to(residual)
     residual = F.pad(residual[:, None], around, mode="reflect")
-    rows = max(STRIDE, SLAB // width // STRIDE * STRIDE)
+    rows = max(2 * REACH, SLAB // width // STRIDE * STRIDE)
     slabs = [
         _wiener(residual[:, :, top : top + rows + 2 * REACH], noise, basis)
         for top in range(0, height, rows)

@@ -208,8 +208,8 @@ class Self2Self:
         self.rate = torch.tensor(
             self.lr, device=self.device
         )  # a captured step reads it
-        adam = torch.optim.AdamW if self.optimizer_name == "adamw" else torch.optim.Adam
-        adam = adam(
+        kind = torch.optim.AdamW if self.optimizer_name == "adamw" else torch.optim.Adam
+        adam = kind(
             rest,
             lr=self.rate,
             fused=True,
@@ -260,6 +260,7 @@ class Self2Self:
         self.masks.load_state(state["masks"])
         self.step, self.loss_steps = state["step"], state["loss_steps"]
         self.attempt, self.lr = state["attempt"], state["lr"]
+        self.rate.fill_(self.lr)
 
     def train_step(self):
         """One optimiser step on `bs` Bernoulli samples of the observation."""
@@ -298,22 +299,21 @@ class Self2Self:
                 total += prediction.sum(0)
                 squares += (prediction**2).sum(0)
         mean = total / num_prediction
-        variance = (squares / num_prediction - mean**2).clamp(min=0)
-        self.variance = variance.cpu().numpy()
+        variance = (squares - num_prediction * mean**2) / max(1, num_prediction - 1)
+        self.variance = variance.clamp(min=0).cpu().numpy()
         return mean.cpu().numpy()
 
-    def fuse(self, ensemble, sigma, clipped=False):
+    def fuse(self, ensemble, sigma):
         """Fuse the last `predict` with the observation: see fusion.fuse.
 
         Args:
             ensemble: what `predict` gave, (C, H, W).
             sigma: standard deviation of the observation's noise, 0-255 scale.
-            clipped: a camera clipped the observation.
 
         Returns:
             The fused restoration and its predicted squared error, both (C, H, W).
         """
-        known = self.variance, self.y[0], sigma, self.forward_operator, clipped
+        known = self.variance, self.y[0], sigma, self.forward_operator
         return fusion.fuse(ensemble, *known)
 
     def mean_loss(self):

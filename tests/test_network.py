@@ -549,7 +549,9 @@ def test_same_seed_repeats_however_often_one_looks():
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon"])
 def test_learner_goes_on_from_a_state(optimizer):
     y = random_image(1, 32, 33)
-    learner = train(begun(y, optimizer=optimizer), 3)
+    learner = begun(y, optimizer=optimizer)
+    learner.begin_again()
+    train(learner, 3)
     state = learner.state_dict()
     train(learner, 3)
     resumed = begun(y, optimizer=optimizer)
@@ -595,7 +597,8 @@ def test_prediction_is_the_mean_of_the_ensemble():
         samples = [learner._sample(learner.network, masks, 1)[0][0] for _ in range(4)]
     assert not torch.equal(samples[0], samples[1])
     np.testing.assert_allclose(learner.predict(4), sum(samples) / 4, atol=1e-6)
-    np.testing.assert_allclose(learner.variance, np.var(samples, 0), atol=1e-6)
+    variance = np.var(samples, 0, ddof=1)
+    np.testing.assert_allclose(learner.variance, variance, atol=1e-6)
 
 
 # Fusion
@@ -634,13 +637,13 @@ def naive_wiener(residual, noise):
     return total[:, *inner] / count[inner]
 
 
-@pytest.mark.parametrize("shape", [(1, 33, 36), (3, 32, 35)])
+@pytest.mark.parametrize("shape", [(1, 61, 36), (3, 32, 35)])
 def test_residuals_filter_is_its_definition(shape, monkeypatch):
     residual = torch.randn(shape, generator=seeded()) + random_image(*shape)
     expected = naive_wiener(residual.numpy(), 0.9)
     assert 0.1 < expected.std() < 0.8
     np.testing.assert_allclose(wiener(residual, 0.9), expected, atol=1e-5)
-    monkeypatch.setattr(fusion, "SLAB", 300)
+    monkeypatch.setattr(fusion, "SLAB", 2)
     np.testing.assert_allclose(wiener(residual, 0.9), expected, atol=1e-5)
 
 
@@ -651,10 +654,10 @@ def observed(error, noise, shape=(1, 128, 128)):
     return clean, clean + error * draws[0], clean + noise * draws[1]
 
 
-def fused(f, y, sigma, error, operator=identity, **settings):
+def fused(f, y, sigma, error, operator=identity):
     """Fuse, told that f's squared error is error**2."""
     variance = np.full_like(y, error**2 / fusion.SPREAD)
-    return fusion.fuse(f, variance, y, sigma, operator, **settings)
+    return fusion.fuse(f, variance, y, sigma, operator)
 
 
 @pytest.mark.parametrize("error", [0.02, 0.05, 0.1])
@@ -706,15 +709,6 @@ def test_fusing_does_not_blow_up_what_a_blur_has_taken():
     error = np.sqrt(((f - clean) ** 2).mean())
     result, _ = fused(f, y, 2.55, error, blur)
     assert np.sqrt(((result - clean) ** 2).mean()) < 0.95 * error
-
-
-def test_clipped_entries_are_left_out():
-    _, f, y = observed(0.05, 0.1, (1, 64, 128))
-    y[:, :, :64] = 1
-    result, _ = fused(f, y, 5, 0.05, clipped=True)
-    far = 64 - fusion.REACH - fusion.STRIDE
-    np.testing.assert_allclose(result[:, :, :far], f[:, :, :far], atol=1e-6)
-    assert np.abs(result - f)[:, :, 64:].mean() > 0.01
 
 
 def test_learner_fuses_its_own_observation_and_variance():
