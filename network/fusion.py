@@ -58,10 +58,12 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     impulse[..., 0, 0] = 1
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
-    margin = 1 + CAUTION * noise / mean / len(f) ** 0.5
+    passed = power.clamp(min=max(1e-4, min(1, noise / mean / 8)))
+    # The noise that stays, against the error: what A has weakened is made strong again.
+    ratio = noise * (1 / passed).mean().item() / mean
+    margin = 1 + CAUTION * ratio / len(f) ** 0.5
     found = torch.fft.rfft2(wiener(residual, margin * noise))
     # Where A passes too little, the noise that is left would be blown up.
-    passed = power.clamp(min=max(1e-4, min(1, noise / mean / 8)))
     found *= transfer.conj() / passed
     left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
     fused = f + torch.fft.irfft2(found, s=size)
