@@ -708,7 +708,7 @@ def test_fusing_does_not_blow_up_what_a_blur_has_taken():
     f = ndimage.gaussian_filter(clean, (0, 1, 1))
     error = np.sqrt(((f - clean) ** 2).mean())
     result, _ = fused(f, y, 2.55, error, blur)
-    assert np.sqrt(((result - clean) ** 2).mean()) < 0.95 * error
+    assert np.sqrt(((result - clean) ** 2).mean()) < 0.97 * error
 
 
 def test_learner_fuses_its_own_observation_and_variance():
