@@ -31,10 +31,11 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     The residual r = y - A(f) is noise, and the error of f under A. In overlapping
     patches its energy in a frequency, averaged over a window and the channels, is
     E = s^2 + e, with s^2 the noise's and e the error's, which so is known without a
-    clean image; r e / E is the best linear estimate of A(x - f). The less error there
-    is to find, by the predictions' variance, the more of E is taken for noise, which
-    varies. Dividing by A's transfer function gives x - f. For A = identity and flat energies that is the
+    clean image; r e / E is the best linear estimate of A(x - f), and divided by A's
+    transfer function of x - f. For A = identity and flat energies that is the
     inverse-variance mean of f and y; but a network errs in some frequencies and places.
+    The noise's energy varies: the less error there is to find, by the predictions'
+    variance, the more of E is taken for noise.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
@@ -58,12 +59,11 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     impulse[..., 0, 0] = 1
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
+    # Dividing makes noise stronger: by no more than this where A passes little.
     passed = power.clamp(min=max(1e-4, min(1, noise / mean / 8)))
-    # The noise that stays, against the error: what A has weakened is made strong again.
     ratio = noise * (1 / passed).mean().item() / mean
     margin = 1 + CAUTION * ratio / len(f) ** 0.5
     found = torch.fft.rfft2(wiener(residual, margin * noise))
-    # Where A passes too little, the noise that is left would be blown up.
     found *= transfer.conj() / passed
     left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
     fused = f + torch.fft.irfft2(found, s=size)
