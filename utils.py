@@ -213,9 +213,11 @@ def parse_arguments(description, defaults, argv=None):
     recipe = RECIPES[explicit.get("recipe", defaults["recipe"])]
     args = argparse.Namespace(**(defaults | recipe | explicit))
     # Without dropped entries, without noise and of one prediction there is nothing to
-    # fuse; a camera's noise is not white, which is for the user to judge.
+    # fuse; where a camera's noise is not white, or a Gaussian blur has taken away for
+    # good what the network misses, it is for the user to say.
     nothing = not (args.drop_rate and args.sigma and args.num_prediction > 1)
-    if (nothing or args.observed) and "fuse" not in explicit:
+    gaussian = "kernel" in defaults and not args.kernel
+    if (nothing or args.observed or gaussian) and "fuse" not in explicit:
         args.fuse = "off"
     try:
         args.device = choose_device(args.device)

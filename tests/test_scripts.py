@@ -175,9 +175,20 @@ def test_an_observed_images_noise_is_given_or_estimated():
     assert run("denoise", "--path in/a.png --observed --recipe fast") == 0
     (made,) = Path("images/in/a.png/denoise").glob("*fast*")
     assert "fuse_off" in made.name  # a camera's noise is not white
-    for flags in ("--sigma 0", "--drop_rate 0", "--num_prediction 1"):
-        assert run("denoise", f"--path in/a.png --recipe fast {flags}") == 0
-    assert not list(Path("images").rglob("*num_prediction2_1000steps/error.mat"))
+
+
+def test_fast_fuses_where_it_pays():
+    np.save("psf.npy", np.eye(3))
+
+    def fuses(task, flags):
+        flags = shlex.split(f"--recipe fast {flags}")
+        return utils.parse_arguments("", SCRIPTS[task].DEFAULTS, flags).fuse == "on"
+
+    assert fuses("denoise", "") and fuses("deblur", "--kernel psf.npy")
+    assert fuses("deblur", "--fuse on") and fuses("denoise", "--observed --fuse on")
+    for flags in ("--sigma 0", "--drop_rate 0", "--num_prediction 1", "--observed"):
+        assert not fuses("denoise", flags)
+    assert not fuses("deblur", "")  # a Gaussian blur
 
 
 def test_a_network_that_dies_starts_over(capsys, monkeypatch):
