@@ -162,9 +162,7 @@ def restore(record, blur, learner, args):
         learner.train_step()
         if record.is_test(step):
             ensemble = learner.predict(args.num_prediction)
-            fused = (
-                learner.fuse(ensemble, record.noise_sigma) if args.fuse == "on" else ()
-            )
+            fused = learner.fuse(ensemble, record.sigma) if args.fuse == "on" else ()
             record.add(step, learner.mean_loss(), ensemble, *fused)
 
 

@@ -49,9 +49,7 @@ def restore(record, learner, args):
         learner.train_step()
         if record.is_test(step):
             ensemble = learner.predict(args.num_prediction)
-            fused = (
-                learner.fuse(ensemble, record.noise_sigma) if args.fuse == "on" else ()
-            )
+            fused = learner.fuse(ensemble, record.sigma) if args.fuse == "on" else ()
             record.add(step, learner.mean_loss(), ensemble, *fused)
 
 

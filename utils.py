@@ -549,8 +549,8 @@ def save_mat(path, **arrays):
 
 OWN_FILES = (
     *("noisy.png", "noise.mat", "blurred.png", "kernel.mat", "error.mat"),
-    "record.json",
-    *("Self2Self-*.png", "restored.*", "comparison.png", "checkpoint*.pt"),
+    *("Self2Self-*.png", "restored.*", "comparison.png"),
+    *("record.json", "checkpoint*.pt"),
 )
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 
@@ -593,14 +593,14 @@ class Record:
             observation: y, (C, H, W), [0, 1] scale, not clipped.
             parts: noise (C, H, W), blurred (C, H, W) and kernel (h, w), where known.
 
-        For fusing, `noise_sigma` is then its noise's standard deviation on the 0-255
+        For fusing, `sigma` is then its noise's standard deviation on the 0-255
         scale: simulated, given or estimated.
         """
         self.observation = observation
         self.observed = None if self.clean is None else score(observation, self.clean)
-        self.noise_sigma = self.args.noise_sigma or self.args.sigma
+        self.sigma = self.args.noise_sigma or self.args.sigma
         if self.args.observed and self.args.fuse == "on" and not self.args.noise_sigma:
-            self.noise_sigma = estimate_sigma(observation)
+            self.sigma = estimate_sigma(observation)
         saved = self._load() if self.args.resume else None
         if saved is None:
             self._clear()
@@ -735,7 +735,7 @@ class Record:
         if self.observed:
             text += f", observation {self.observed[0]:.3f} dB, {self.observed[1]:.4f}"
         if self.args.fuse == "on":
-            text += f", noise sigma {self.noise_sigma:.4g}"
+            text += f", noise sigma {self.sigma:.4g}"
         return text
 
     def _scored(self):

@@ -205,9 +205,8 @@ class Self2Self:
         for weight in weights:
             fits = weight.ndim == 4 and min(weight.shape[:2]) >= MUON_CHANNELS
             (wide if self.optimizer_name == "muon" and fits else rest).append(weight)
-        self.rate = torch.tensor(
-            self.lr, device=self.device
-        )  # a captured step reads it
+        # A captured step reads the rate.
+        self.rate = torch.tensor(self.lr, device=self.device)
         kind = torch.optim.AdamW if self.optimizer_name == "adamw" else torch.optim.Adam
         adam = kind(
             rest,
