@@ -8,12 +8,13 @@ from torch.nn import functional as F
 PATCH = 16  # pixels a side
 STRIDE = 2  # pixels between patches
 WINDOW = 15  # patches a side, over which a frequency's energy is averaged
+BAND = 3  # frequencies a side, likewise
 REACH = PATCH - STRIDE + STRIDE * (WINDOW // 2)  # pixels that an entry is decided by
 SLAB = 2**18  # pixels worked on at a time, for memory's sake
 
 # Measured on crops of House, Peppers and kodim01, sigma 10 to 50:
 SPREAD = 2.2  # the ensemble's squared error, in units of its predictions' variance
-CAUTION = 0.05  # energy taken for noise over the noise's, per noise over error
+CAUTION = 0.001  # energy taken for noise over the noise's, per (noise over error)^2
 
 
 def cosines():
@@ -29,13 +30,13 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     """Give the ensemble's mean back what its residual holds besides noise.
 
     The residual r = y - A(f) is noise, and the error of f under A. In overlapping
-    patches its energy in a frequency, averaged over a window and the channels, is
-    E = s^2 + e, with s^2 the noise's and e the error's, which so is known without a
-    clean image; r e / E is the best linear estimate of A(x - f), and divided by A's
-    transfer function of x - f. For A = identity and flat energies that is the
-    inverse-variance mean of f and y; but a network errs in some frequencies and places.
-    The noise's energy varies: the less error there is to find, by the predictions'
-    variance, the more of E is taken for noise.
+    patches its energy in a frequency, averaged over a window, the frequencies beside it
+    and the channels, is E = s^2 + e, with s^2 the noise's and e the error's, which so
+    is known without a clean image; r e / E is the best linear estimate of A(x - f), and
+    divided by A's transfer function of x - f. For A = identity and flat energies that
+    is the inverse-variance mean of f and y; but a network errs in some frequencies and
+    places. The noise's energy varies: the less error there is to find, by the
+    predictions' variance, the more of E is taken for noise.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
@@ -62,7 +63,7 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     # Dividing makes noise stronger: by no more than this where A passes little.
     passed = power.clamp(min=max(1e-4, min(1, noise / mean / 8)))
     ratio = noise * (1 / passed).mean().item() / mean
-    margin = 1 + CAUTION * ratio / len(f) ** 0.5
+    margin = 1 + CAUTION * ratio**2 / len(f) ** 0.5
     found = torch.fft.rfft2(wiener(residual, margin * noise))
     found *= transfer.conj() / passed
     left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
@@ -90,6 +91,9 @@ def _wiener(residual, noise, basis):
     edge = WINDOW // 2
     waves = F.conv2d(residual, basis, stride=STRIDE)  # (C, PATCH^2, h, w)
     energy = F.avg_pool2d((waves**2).mean(0), WINDOW, 1)
+    bands = energy.flatten(1).T.reshape(-1, PATCH, PATCH)
+    bands = F.avg_pool2d(bands, BAND, 1, BAND // 2, count_include_pad=False)
+    energy = bands.flatten(1).T.reshape(energy.shape)
     share = (1 - noise / energy.clamp(min=1e-12)).clamp(min=0)
     kept = waves[..., edge:-edge, edge:-edge] * share
     filtered = F.conv_transpose2d(kept, basis, stride=STRIDE)

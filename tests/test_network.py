@@ -607,6 +607,7 @@ def test_prediction_is_the_mean_of_the_ensemble():
 def naive_wiener(residual, noise):
     """Patch by patch, frequency by frequency."""
     size, stride, reach = fusion.PATCH, fusion.STRIDE, fusion.REACH
+    band = fusion.BAND
     _, height, width = residual.shape
     around = [(reach, reach + height % 2), (reach, reach + width % 2)]
     padded = np.pad(residual, [(0, 0), *around], mode="reflect").astype(float)
@@ -627,7 +628,9 @@ def naive_wiener(residual, noise):
     for a in range(edge, len(waves) - edge):
         for b in range(edge, len(waves[0]) - edge):
             near = waves[a - edge : a + edge + 1, b - edge : b + edge + 1]
-            energy = (near**2).mean((0, 1, 2))
+            energy = np.stack([(near**2).mean((0, 1, 2)), np.ones((size, size))])
+            energy = ndimage.uniform_filter(energy, (0, band, band), mode="constant")
+            energy = energy[0] / energy[1]
             kept = waves[a, b] * np.clip(1 - noise / energy, 0, 1)
             rows, columns = (slice(k * stride, k * stride + size) for k in (a, b))
             patch = scipy.fft.idctn(kept, axes=(1, 2), norm="ortho")
