@@ -63,7 +63,8 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     # Dividing makes noise stronger: by no more than this where A passes little.
     passed = power.clamp(min=max(1e-4, min(1, noise / mean / 8)))
     ratio = noise * (1 / passed).mean().item() / mean
-    margin = 1 + CAUTION * ratio**2 / len(f) ** 0.5
+    # Twice the noise's energy is not chance, whatever the predictions agree upon.
+    margin = 1 + min(1, CAUTION * ratio**2 / len(f) ** 0.5)
     found = torch.fft.rfft2(wiener(residual, margin * noise))
     found *= transfer.conj() / passed
     left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
