@@ -81,10 +81,10 @@ def read_psf(path):
         utils.InputError: it is none; the text says why.
     """
     path = Path(path)
-    if not path.is_file():
-        raise utils.InputError(f"{path}: no such file")
     suffix = path.suffix.lower()
     try:
+        if not path.is_file():
+            raise utils.InputError(f"{path}: no such file")
         if suffix == ".mat":
             name, shape = choose_matrix(path)
             if max(shape) <= LARGEST_PSF:  # a tiny file may claim any size
@@ -126,12 +126,13 @@ class CircularBlur:
 
     def __init__(self, psf):
         self.psf = torch.from_numpy(psf)
-        self.transfer = {}  # image size and device -> the PSF's Fourier transform
+        self.transfer = {}  # device -> the last image's size, the PSF's transform
 
     def __call__(self, x):
         """Blur images (N, C, H, W); H and W not less than the PSF's."""
         size = x.shape[-2:]
-        if (size, x.device) not in self.transfer:
+        known, transfer = self.transfer.get(x.device, (None, None))
+        if size != known:
             if any(k > s for k, s in zip(self.psf.shape, size)):
                 raise utils.InputError(
                     "the PSF of {}x{} pixels is larger than the image of {}x{}".format(
@@ -142,8 +143,8 @@ class CircularBlur:
             padded[: self.psf.shape[0], : self.psf.shape[1]] = self.psf
             centre = [-(s // 2) for s in self.psf.shape]
             transfer = torch.fft.rfft2(padded.roll(centre, (0, 1)))
-            self.transfer[size, x.device] = transfer.to(torch.complex64).to(x.device)
-        transfer = self.transfer[size, x.device]
+            transfer = transfer.to(torch.complex64).to(x.device)
+            self.transfer[x.device] = size, transfer
         return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=size)
 
 
