@@ -227,6 +227,11 @@ def parse_arguments(description, defaults, argv=None):
             raise InputError("--noise_sigma goes with --observed and --fuse on")
         if not args.model_type or Path(args.model_type).name != args.model_type:
             raise InputError(f"--model_type {args.model_type!r}: no name of a folder")
+        for name, value in vars(args).items():
+            if not is_utf8(value):
+                raise InputError(f"--{name} {value!r}: not UTF-8; rename it")
+            if name in ("kernel", "reference") and value == "":
+                raise InputError(f"--{name} is empty")
         if not Path(args.log_path).name:
             raise InputError(f"--log_path {args.log_path!r}: no name of a file")
         if args.fuse == "on" and not (args.drop_rate and args.num_prediction > 1):
@@ -265,7 +270,7 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
+    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d?))?", name):
         raise InputError(f"unknown device {name!r}: auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -353,10 +358,17 @@ def silent_decoder():
         os.close(null)
 
 
+def is_utf8(path):
+    """Tell whether a name can be written in a log, and passed to OpenCV."""
+    return not any("\ud800" <= c <= "\udfff" for c in str(path))
+
+
 def decode(path):
     """Read a PNG, JPEG or TIFF file's pixels as OpenCV has them: (H, W) or BGR(A)."""
     if not path.exists():
         raise InputError(f"{path}: no such file")
+    if not is_utf8(path):
+        raise InputError(f"{path}: a file name that is not UTF-8; rename it")
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
@@ -570,7 +582,7 @@ class Record:
     def __init__(self, run, file, folder):
         self.run, self.args, self.file, self.failed = run, run.args, file, False
         self.picture = read_picture(file, self.args.crop, folder)
-        self.image = self.picture.image
+        self.image, self.size = self.picture.image, describe(self.picture.image)
         if self.args.reference:
             clean, image = (read_picture(f).image for f in (self.args.reference, file))
             if clean.shape != image.shape:
@@ -606,6 +618,12 @@ class Record:
             self._clear()
         else:
             self.rows, self.notes = list(map(tuple, saved["rows"])), saved["notes"]
+            step, tested = saved["step"], self.rows[-1][0] if self.rows else 0
+            if step > self.args.iteration and step != tested:
+                raise InputError(
+                    f"{self.name}: the checkpoint is of step {step} already, between "
+                    "two tests; a larger --iteration goes on from it"
+                )
             self.seconds, self.latest = saved["seconds"], saved["restored"].numpy()
             self.restored = self.latest
         self.saved = saved
@@ -627,11 +645,10 @@ class Record:
         if self.saved is not None:
             learner.load_state_dict(self.saved["learner"])
             step = self.saved["step"]
-            finished = step >= self.args.iteration
-            if finished and (self.folder / "comparison.png").exists():
+            self.saved = None  # as large as the network and its optimiser
+            if step >= self.args.iteration:
                 tqdm.write(f"{self.name}: finished already, at step {step}")
-                self._write_record(finished=True)
-                self.run.write_log(curves=True)
+                self._finish(step)
                 return
             tqdm.write(f"{self.name}: going on from step {step}")
         begun, started = step, time.perf_counter() - self.seconds
@@ -671,7 +688,7 @@ class Record:
                     saved = time.perf_counter()
                 if self.run.stopped:
                     raise Stopped(f"{self.name}: stopped at step {step}")
-        self._finish()
+        self._finish(step)
 
     def _restart(self, learner, step):
         """Start a network that died over, if it may be worth it."""
@@ -681,6 +698,7 @@ class Record:
         if step > EARLY and good:
             self.rows = good
             self._write_results()
+            self._write_record()
             raise TrainingError(f"{told}; the result of step {good[-1][0]} is kept")
         if learner.attempt == ATTEMPTS:
             raise TrainingError(f"{told}; a lower --lr than {self.args.lr:g} cures it")
@@ -731,21 +749,31 @@ class Record:
 
     def heading(self):
         """Name the image, its size and what its observation scores."""
-        text = f"{self.name}: {describe(self.image)}"
+        text = f"{self.name}: {self.size}"
         if self.observed:
             text += f", observation {self.observed[0]:.3f} dB, {self.observed[1]:.4f}"
         if self.args.fuse == "on":
             text += f", noise sigma {self.sigma:.4g}"
         return text
 
+    def release(self):
+        """Let go of the pixels, once the image is done: the log needs none."""
+        self.picture = self.image = self.clean = self.observation = None
+        self.latest = self.restored = self.saved = None
+
     def _scored(self):
         return self.rows and self.rows[-1][2] is not None
 
     def _made_from(self):
         """Say, by name, all that a checkpoint depends on."""
-        pixels = hashlib.sha256(self.observation.tobytes()).hexdigest()
-        device = self.args.device.type
-        return self.run.identity | {"image or noise": pixels, "device": device}
+        parts = {"image or noise": self.observation, "reference": self.clean}
+        parts = {
+            name: None
+            if pixels is None
+            else hashlib.sha256(pixels.tobytes()).hexdigest()
+            for name, pixels in parts.items()
+        }
+        return self.run.identity | parts | {"device": self.args.device.type}
 
     def _save(self, learner, step):
         """Write a checkpoint; the one before is kept until this one is whole."""
@@ -827,7 +855,7 @@ class Record:
         """Write what is known of this image as JSON."""
         record = {
             "name": self.name,
-            "size": describe(self.image),
+            "size": self.size,
             "finished": finished,
             **self._identity(),
             "iteration": self.args.iteration,
@@ -839,9 +867,9 @@ class Record:
         data = json.dumps(record, indent=1).encode()
         write_atomically(self.folder / "record.json", data)
 
-    def _finish(self):
-        """Write the restored image, and the comparison."""
-        if not self.rows or self.rows[-1][0] != self.args.iteration:
+    def _finish(self, step):
+        """Write the restored image of the last step, and the comparison."""
+        if not self.rows or self.rows[-1][0] != step:
             raise TrainingError(f"{self.name}: the output is not finite; lower --lr")
         self._write_results()
         self._write_record(finished=True)
@@ -914,6 +942,7 @@ class Run:
             check_writable("images")
             check_writable(self.log.parent)
             self._check_log([file for file, _ in files])
+            self._check_results(files)
         except InputError as error:
             return fail(error)
         except OSError as error:
@@ -936,6 +965,8 @@ class Run:
 
     def _restore_each(self, files, restore):
         for file, folder in files:
+            if self.records:
+                self.records[-1].release()
             try:
                 restore(Record(self, file, folder))
             except (InputError, TrainingError) as error:
@@ -946,7 +977,7 @@ class Run:
                 known = MemoryError, torch.OutOfMemoryError
                 if not isinstance(error, known) and "t allocate" not in str(error):
                     raise
-                size = describe(self.records[-1].image) if self.records else "its size"
+                size = self.records[-1].size if self.records else "its size"
                 told = f"{file}: out of memory at {size}; a --crop, a smaller --bs,"
                 told += " --fuse off or --device cpu needs less"
             except Stopped as stop:
@@ -963,22 +994,29 @@ class Run:
             if self.records and self.records[-1].file == file:
                 self.records[-1].failed = True
                 self.records[-1].notes.append(f"failed: {told}")
-        try:
-            self._finish()
-        except OSError as error:
-            fail(f"{error.filename}: {error.strerror}")
-            return 1
+                with suppress(OSError):  # which is what failed
+                    self.write_log(curves=True)
         if self.failed and len(self.files) > 1:
             names = ", ".join(map(str, self.failed))
             fail(f"{len(self.failed)} of {len(self.files)} images failed: {names}")
-        return (1 if self.started else 2) if self.failed else 0
+        try:
+            return self._finish()
+        except OSError as error:
+            fail(f"{error.filename}: {error.strerror}")
+            return 1
 
     def _finish(self):
-        """Write and print the totals; of several processes the last one does."""
+        """Write and print the totals; return the exit status.
+
+        Of several processes the last one does, and answers for all: torchrun would end
+        the others at once when one has failed.
+        """
+        status = (1 if self.started else 2) if self.failed else 0
         if self.world > 1:
-            write_atomically(self.ends[self.rank], b"")
+            write_atomically(self.ends[self.rank], b"failed" if self.failed else b"")
             if not all(end.exists() for end in self.ends):
-                return
+                return 0
+            status = int(any(end.read_bytes() for end in self.ends))
         table = []
         for file, folder in self.files:
             path = results_folder(self, *picture_name(file, folder)) / "record.json"
@@ -990,7 +1028,7 @@ class Run:
                     scores = record["size"], before, psnr, ssim, step, round(seconds, 1)
                     table.append((record["name"], *scores))
         if not table:
-            return
+            return status
         scored = [row[2:5] for row in table if row[3] is not None]
         means = np.mean(scored, 0).tolist() if scored else [None] * 3
         count = f"{len(table)} image{'s' * (len(table) != 1)}"
@@ -1001,6 +1039,7 @@ class Run:
         for row in [SUMMARY, *table]:
             cells = (f"{c:.3f}" if isinstance(c, float) else c or "-" for c in row[1:])
             print(f"{row[0]:32s}", *(f"{cell:>16}" for cell in cells))
+        return status
 
     def _readable(self, file, folder):
         """Look at one of many images before any training, and report a bad one."""
@@ -1022,12 +1061,23 @@ class Run:
                     f"--log_path {self.log}: {path} is a folder or an input"
                 )
 
+    def _check_results(self, files):
+        """Raise InputError where an image itself stands where its results would go."""
+        for file, folder in files:
+            place = results_folder(self, *picture_name(file, folder))
+            if any(path.is_file() for path in (place, *place.parents)):
+                raise InputError(
+                    f"{file}: its results would go to {place}, where a file is in the "
+                    "way; move the picture, or run from another folder"
+                )
+
     def begin(self, record):
         """Log an image whose training starts now."""
         if not self.started:
             self.started = True
             self.ends[self.rank].unlink(missing_ok=True)
-            ours = self.log.exists() and self.log.read_text().startswith(self._header())
+            header = self._header().encode()
+            ours = self.log.exists() and self.log.read_bytes().startswith(header)
             if not (self.args.resume and ours):
                 totals = [self.totals] if self.rank == 0 else []
                 set_aside(self.log, self.csv, self.curves, *totals)

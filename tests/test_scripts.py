@@ -211,6 +211,12 @@ def test_a_network_that_dies_late_leaves_its_last_good_result(capsys, monkeypatc
     (restored,) = Path("images").rglob("restored.png")
     kept = restored.with_name("Self2Self-100.png")
     assert restored.read_bytes() == kept.read_bytes()
+    record = json.loads(restored.with_name("record.json").read_text())
+    assert [row[0] for row in record["rows"]] == [100]
+    log = Path("logs/denoise/log.txt").read_text()
+    assert "failed: in/a.png: the network died" in log
+    assert "step     200" not in log
+    assert "0 images" in log
 
 
 def test_names_of_results_folders():
@@ -327,6 +333,29 @@ def test_folder_goes_on_past_a_bad_image(capsys):
     )
 
 
+def test_only_the_image_at_hand_is_held_in_memory(monkeypatch):
+    for name in "abc":
+        write(f"in/{name}.png")
+    held = []
+    begin = utils.Run.begin
+
+    def look(run, record):
+        begin(run, record)
+        held.append([r.name for r in run.records if r.observation is not None])
+
+    monkeypatch.setattr(utils.Run, "begin", look)
+    assert run("denoise", "--path in") == 0
+    assert held == [[f"in/{name}.png"] for name in "abc"]
+
+
+def test_a_log_of_another_kind_is_kept():
+    write("in/a.png")
+    Path("logs/denoise").mkdir(parents=True)
+    Path("logs/denoise/log.txt").write_bytes(b"\xff")
+    assert run("denoise", "--path in/a.png --resume") == 0
+    assert Path("logs/denoise/log~1.txt").read_bytes() == b"\xff"
+
+
 def test_same_settings_replace_and_others_are_kept(capsys):
     write("in/a.png")
     assert run("denoise", "--path in/a.png --test_frequency 1") == 0
@@ -414,6 +443,12 @@ def bad_inputs():
         ("--observed --noise_sigma 0", "--noise_sigma"),
         ("--device abacus", "unknown device 'abacus'"),
         ("--device cuda:99", "no device 'cuda:99'"),
+        ("--device cuda:01", "unknown device"),
+        ("--device cuda:200", "unknown device"),
+        ("--path odd", "not UTF-8"),
+        ("--path good.png --model_type '\udce9'", "not UTF-8"),
+        ("--path good.png --observed --reference ''", "--reference is empty"),
+        ("--path images/in", "way; move the picture"),
         ("--path good.png --reference good.png", "--observed"),
         ("--path good.png --observed --reference small.png", "small.png"),
         ("--path good.png --observed --reference rgb.png", "colour"),
@@ -434,6 +469,8 @@ def bad_inputs():
         yield "denoise", flags, words
     for flags, words in (
         ("--kernel nowhere.mat", "nowhere.mat: no such file"),
+        ("--kernel ''", "--kernel is empty"),
+        (f"--kernel {'a' * 300}.npy", "too long"),
         ("--kernel zero.npy", "sum above 0"),
         ("--kernel negative.npy", "sum above 0"),
         ("--kernel cube.npy", "matrix"),
@@ -461,6 +498,10 @@ def bad_files():
     write("rgb.png", channels=3)
     write("small.png", side=31)
     write("big.png", side=64)
+    write("images/in/good.png")
+    Path("odd").mkdir()
+    if sys.platform == "linux":  # others have no such names
+        shutil.copy("good.png", os.fsdecode(b"odd/caf\xe9.png"))
     write("rgba.png", channels=4)
     Path("rgba.png").rename("rgba.jpg")
     cv2.imwritemulti("pages.tif", [np.zeros((32, 32), np.uint8)] * 2)
@@ -563,7 +604,8 @@ def test_processes_share_a_folder_and_any_number_of_them_resumes(folder, capsys)
         )
         for rank in "01"
     ]
-    assert sorted(p.wait() for p in processes) == [0, 1]  # one met the bad image
+    # The last one answers for the bad image; both do if they end at the same moment.
+    assert max(p.wait() for p in processes) == 1
     summary = Path("logs/denoise/log-summary.csv")
     assert [row.split(",")[0] for row in summary.read_text().splitlines()[1:-1]] == [
         f"in/{name}.png" for name in "abcd"
@@ -579,7 +621,19 @@ def test_processes_share_a_folder_and_any_number_of_them_resumes(folder, capsys)
     assert without_seconds(files("images")) == expected
 
 
-def test_finished_images_are_skipped_and_more_steps_extend_them(capsys, crash):
+def test_the_last_of_several_processes_answers_for_all(monkeypatch, capsys):
+    write("in/b.png")
+    Path("in/a.png").write_text("no image")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, status in (("0", 0), ("1", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert run("denoise", "--path in") == status
+    assert "a.png is damaged" in capsys.readouterr().err
+
+
+def test_finished_images_are_skipped_and_more_steps_extend_them(
+    capsys, crash, monkeypatch
+):
     write("in/a.png")
     assert run("denoise", "--path in/a.png --iteration 6") == 0
     (results,) = Path("images/in/a.png/denoise").iterdir()
@@ -590,6 +644,9 @@ def test_finished_images_are_skipped_and_more_steps_extend_them(capsys, crash):
     assert run("denoise", "--path in/a.png --iteration 4 --resume") == 0
     assert "finished already" in capsys.readouterr().out
     crash(3)  # two steps are enough
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.Record, "_finish", lambda *_: sys.exit(99))
+        assert run("denoise", "--path in/a.png --iteration 6 --resume") == 99
     assert run("denoise", "--path in/a.png --iteration 6 --resume") == 0
     assert without_seconds(files(results)) == longer
 
@@ -618,6 +675,15 @@ def test_a_checkpoint_of_another_picture_is_refused(capsys):
     assert files() == before
 
 
+def test_a_checkpoint_with_another_reference_is_refused(capsys):
+    write("in/a.png")
+    write("b.png")
+    observed = "--path in/a.png --observed"
+    assert run("denoise", f"{observed} --reference b.png") == 0
+    assert run("denoise", f"{observed} --resume") == 2
+    assert "of another reference" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143)])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(
     number, status, monkeypatch, capsys
@@ -633,6 +699,8 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
     monkeypatch.setattr(denoise.Self2Self, "train_step", train_step)
     assert run("denoise", "--path in/a.png") == status
     assert "stopped at step 3; go on with: python" in capsys.readouterr().err
+    assert run("denoise", "--path in/a.png --iteration 2 --resume") == 2
+    assert "of step 3 already" in capsys.readouterr().err
     assert run("denoise", "--path in/a.png --resume") == 0
     assert "going on from step 3" in capsys.readouterr().out
 
