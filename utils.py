@@ -511,8 +511,8 @@ def estimate_sigma(observation):
     """Estimate the standard deviation of white noise, on the 0-255 scale.
 
     From the median size of a detail that planes do not have (Immerkaer 1996, made
-    robust), around entries between 0 and 1: a camera clips there. Perfectly flat
-    places, a frame's, do not count. Texture adds to it.
+    robust), where few entries around are 0 or 1: a camera clips noise there. Perfectly
+    flat places, a frame's, do not count. Texture adds to it.
 
     Args:
         observation: (C, H, W), [0, 1] scale.
@@ -524,8 +524,12 @@ def estimate_sigma(observation):
     size = observation.astype(np.float64)
     for axis in (1, 2):
         size = scipy.ndimage.correlate1d(size, detail, axis)
-    size = np.abs(size[(observation > 0) & (observation < 1)])
-    size = size[size > 1e-9]
+    size = np.abs(size)
+    inside = ((observation > 0) & (observation < 1)).astype(np.float64)
+    around = scipy.ndimage.uniform_filter(inside, (0, 9, 9))
+    varied = size > 1e-9
+    few = np.quantile(around[varied], 0.75) - 0.05 if varied.any() else 0
+    size = size[varied & (around >= few)]
     if not size.size:
         raise InputError("no noise is found in this image; --noise_sigma names it")
     return float(255 * np.median(size) / 0.67449)

@@ -113,6 +113,13 @@ def test_noise_is_estimated_from_an_image_with_structure(sigma):
     assert utils.estimate_sigma(noisy) == pytest.approx(sigma, rel=0.1)
 
 
+def test_clipping_does_not_lower_the_noise_that_is_estimated():
+    clean = np.full((1, 128, 256), 0.05)
+    clean[..., 160:] = 0.5
+    noisy = (clean + utils.gaussian_noise(clean.shape, 50, 0)).clip(0, 1)
+    assert utils.estimate_sigma(noisy) == pytest.approx(50, rel=0.05)
+
+
 def test_scores_are_those_of_the_clipped_image():
     clean = RNG.random((1, 40, 40)).astype(np.float32)
     assert utils.score(clean, clean) == (np.inf, pytest.approx(1))
