@@ -164,6 +164,7 @@ RECIPES = {
     },
     "fast": {
         "iteration": 1000,
+        "drop_rate": {0: 0.2, 15: 0.3},  # from that sigma on: see `decided`
         "optimizer": "muon",
         "lr": 3e-3,
         "beta2": 0.9,  # no step is larger than the learning rate
@@ -174,6 +175,21 @@ RECIPES = {
         "fuse": "on",
     },
 }
+
+
+def decided(recipe, sigma=None):
+    """Return what a recipe decides.
+
+    Args:
+        recipe: name of one of RECIPES.
+        sigma: the noise's, 0-255 scale; None, where it is not known or a blur is there
+            too: the drop rate is then left to the script.
+    """
+    values = dict(RECIPES[recipe])
+    rates = values.pop("drop_rate", None)
+    if rates and sigma is not None:
+        values["drop_rate"] = rates[max(low for low in rates if low <= sigma)]
+    return values
 
 
 class Parser(argparse.ArgumentParser):
@@ -210,8 +226,9 @@ def parse_arguments(description, defaults, argv=None):
     ]
     defaults = defaults | vars(parser.parse_args(written))
     explicit = vars(parser.parse_args(argv))
-    recipe = RECIPES[explicit.get("recipe", defaults["recipe"])]
-    args = argparse.Namespace(**(defaults | recipe | explicit))
+    args = argparse.Namespace(**(defaults | explicit))
+    known = None if args.observed or "kernel" in defaults else args.sigma
+    args = argparse.Namespace(**(defaults | decided(args.recipe, known) | explicit))
     # Without dropped entries, without noise and of one prediction there is nothing to
     # fuse; where a camera's noise is not white, or a Gaussian blur has taken away for
     # good what the network misses, it is for the user to say.

@@ -41,7 +41,7 @@ def settings(task, text, steps, seed, device, sigma):
     """Return the options' values that a recipe and a number of steps stand for."""
     name, *changes = text.split(",")
     defaults = SCRIPTS[task].DEFAULTS | utils.RECIPES["paper"]
-    values = defaults | utils.RECIPES[name]
+    values = defaults | utils.decided(name, sigma if task == "denoise" else None)
     for change in changes:
         if change.startswith("-"):
             values[change[1:]] = defaults[change[1:]]

@@ -113,19 +113,38 @@ def test_shell_script_from_another_folder(task, folder):
     assert restored.shape == (32, 32, 3)
 
 
-def test_a_flag_wins_over_the_recipe_and_the_recipe_over_the_defaults():
-    def parse(flags):
-        return vars(utils.parse_arguments("", denoise.DEFAULTS, shlex.split(flags)))
+def parse(flags, task="denoise"):
+    """Read a command line; return the options' values."""
+    defaults = SCRIPTS[task].DEFAULTS
+    return vars(utils.parse_arguments("", defaults, shlex.split(flags)))
 
+
+def test_a_flag_wins_over_the_recipe_and_the_recipe_over_the_defaults():
     paper = parse("")
     assert paper["iteration"] == denoise.DEFAULTS["iteration"]
     assert paper | utils.RECIPES["paper"] == paper
-    fast = parse("--recipe fast")
-    assert fast | utils.RECIPES["fast"] == fast
+    fast = parse("--recipe fast --sigma 5")
+    assert fast | utils.decided("fast", 5) == fast
     changed = {k: v for k, v in fast.items() if v != paper[k]}
-    assert changed.keys() == utils.RECIPES["fast"].keys() | {"recipe"}
-    flags = "--recipe fast --lr 0.5 --iteration 7"
-    assert parse(flags) == fast | {"lr": 0.5, "iteration": 7}
+    assert changed.keys() == utils.RECIPES["fast"].keys() | {"recipe", "sigma"}
+    flags = "--recipe fast --sigma 5 --lr 0.5 --iteration 7 --drop_rate 0.1"
+    assert parse(flags) == fast | {"lr": 0.5, "iteration": 7, "drop_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("flags", "drop_rate"),
+    [
+        ("--recipe fast", 0.3),
+        ("--recipe fast --sigma 0", 0.2),
+        ("--recipe fast --sigma 14.9", 0.2),
+        ("--recipe fast --sigma 15", 0.3),
+        ("--recipe fast --sigma 5 --observed", 0.3),
+        ("--sigma 5", 0.3),
+    ],
+)
+def test_fast_drops_fewer_entries_where_there_is_little_noise(flags, drop_rate):
+    assert parse(flags)["drop_rate"] == drop_rate
+    assert parse(flags, "deblur")["drop_rate"] == 0.3
 
 
 def test_fast_recipe_names_its_steps():
