@@ -157,7 +157,7 @@ OPTIONS = {
 RECIPES = {
     "paper": {
         "anneal": False,  # raise the learning rate, then lower it to 0
-        "average": 0.0,  # decay of the weights' running average, which predicts; 0: none
+        "average": 0,  # the training's predictions do not join the ensemble
         "ratio": "window",  # partial convolution: full windows scaled by 1/C
         "start": "default",  # PyTorch's initial weights
         "beta2": 0.999,  # Adam's
@@ -169,7 +169,7 @@ RECIPES = {
         "lr": 3e-3,
         "beta2": 0.9,  # no step is larger than the learning rate
         "anneal": True,
-        "average": 0.9,
+        "average": 2,  # they do: that of step t of T with weight (t / T)**2
         "ratio": "entries",  # full windows scaled by 1
         "start": "mean",  # the last bias makes the observation's mean
         "fuse": "on",

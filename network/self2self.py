@@ -120,8 +120,8 @@ class Self2Self:
             learning rate does not run into the sigmoid's flat ends.
         beta2: decay of Adam's mean of squared gradients; with 0.9, as the mean of the
             gradients has, no step is larger than the learning rate.
-        average: decay per step of the running average of the weights, which then
-            predicts in their place; 0: none.
+        average: the training's own predictions join the ensemble, those of step t of
+            T with weight (t / T)**average; 0: they do not.
         ratio: the partial convolutions' numerator, "window" or "entries".
     """
 
@@ -135,7 +135,7 @@ class Self2Self:
         seed,
         device,
         anneal=None,
-        average=0.0,
+        average=0,
         ratio="window",
         start="default",
         beta2=0.999,
@@ -184,8 +184,6 @@ class Self2Self:
             self._build(y, forward_operator, network)
         self.y.copy_(y)
         self.network.load_state_dict(network.state_dict())
-        if self.average:
-            self.averaged.load_state_dict(network.state_dict())
         for value in self._averages():
             value.zero_()
         self.rate.fill_(self.lr)
@@ -193,6 +191,7 @@ class Self2Self:
         self.step = self.loss_steps = 0
         for watched in (self.loss_sum, self.recent, self.spread, self.slope):
             watched.zero_()
+        self.sums.zero_()
 
     def _build(self, y, forward_operator, network):
         """Make what lasts as long as the shape: the tensors that a captured step uses."""
@@ -220,9 +219,11 @@ class Self2Self:
             weight.grad = torch.zeros_like(weight)
         for optimizer in self.optimizers:
             optimizer.step()  # makes the averages: from here on all is in place
-        self.averaged = copy.deepcopy(self.network) if self.average else None
         zeros = torch.zeros(4, device=self.device)
         self.loss_sum, self.recent, self.spread, self.slope = zeros
+        # Of the training's predictions, weighted, and of their squares.
+        self.sums = y.new_zeros(2, *y.shape[1:])
+        self.fading = torch.tensor(0.0, device=self.device)  # a captured step reads it
         self.masks = BernoulliMasks(self.device)
         self.graph = None
 
@@ -233,11 +234,9 @@ class Self2Self:
 
     def _tensors(self):
         """Every tensor that a training step changes."""
-        weights = [*self.network.parameters()]
-        if self.average:
-            weights += self.averaged.parameters()
         watched = [self.loss_sum, self.recent, self.spread, self.slope]
-        return [*weights, *self._averages(), *watched]
+        watched += [self.sums] if self.average else []
+        return [*self.network.parameters(), *self._averages(), *watched]
 
     def state_dict(self):
         """All that the coming steps depend on, as tensors and numbers."""
@@ -268,6 +267,8 @@ class Self2Self:
             factor = (1 + math.cos(math.pi * progress)) / 2
             factor *= min(1.0, 20 * (self.step + 1) / self.anneal)
             self.rate.fill_(self.lr * factor)
+        if self.average:
+            self.fading.fill_((self.step / (self.step + 1)) ** self.average)
         if self.device.type == "cuda":
             if self.graph is None:
                 self._capture()
@@ -280,25 +281,31 @@ class Self2Self:
     def predict(self, num_prediction):
         """Average the dropout ensemble (paper, equation 8).
 
-        The masks and the dropout come from the seed and the step alone: looking does
-        not change the training.
+        With `average`, the training's own predictions so far belong to it too. The
+        masks and the dropout of the others come from the seed and the step alone:
+        looking does not change the training.
+
+        Args:
+            num_prediction: predictions of the weights as they are.
 
         Returns:
             The restoration, (C, H, W), float32 on the CPU, in (0, 1). Its predictions'
             variance, of the same shape, is then found as `variance`.
         """
-        network = self.averaged if self.average else self.network
         masks = BernoulliMasks(self.device, self.seed, self.step)
         size = max(1, PREDICTION_PIXELS[self.device.type] // self.y[0, 0].numel())
-        total, squares = torch.zeros_like(self.y[0]), torch.zeros_like(self.y[0])
+        total, squares = self.sums.clone()
+        steps = np.arange(1, self.step + 1)
+        weight = self.bs * ((steps / self.step) ** self.average).sum()
+        count = num_prediction + (weight if self.average else 0)
         with torch.inference_mode():
             for start in range(0, num_prediction, size):
                 n = min(size, num_prediction - start)
-                prediction, _ = self._sample(network, masks, n)
+                prediction, _ = self._sample(masks, n)
                 total += prediction.sum(0)
                 squares += (prediction**2).sum(0)
-        mean = total / num_prediction
-        variance = (squares - num_prediction * mean**2) / max(1, num_prediction - 1)
+        mean = total / count
+        variance = (squares - count * mean**2) / max(1, count - 1)
         self.variance = variance.clamp(min=0).cpu().numpy()
         return mean.cpu().numpy()
 
@@ -341,7 +348,7 @@ class Self2Self:
         wild = spread**2 > max(variance, 0.01) and loss > 2 * variance
         return math.isfinite(loss) and not stuck and not wild
 
-    def _sample(self, network, masks, n):
+    def _sample(self, masks, n):
         """Predict from n Bernoulli samples of y.
 
         Returns:
@@ -351,11 +358,11 @@ class Self2Self:
         flips = masks((n, 2, 1, 1), 0.5)
         mask = masks(y.shape, self.drop_rate).float()
         seen = flip(mask, flips)
-        prediction = network(flip(y, flips) * seen, seen, masks)
+        prediction = self.network(flip(y, flips) * seen, seen, masks)
         return flip(prediction, flips), mask
 
     def _train(self):
-        prediction, mask = self._sample(self.network, self.masks, self.bs)
+        prediction, mask = self._sample(self.masks, self.bs)
         judged = 1 - mask if self.drop_rate else torch.ones_like(mask)
         loss = dropped_loss(self.forward_operator(prediction), self.y, judged)
         self.network.zero_grad()
@@ -368,9 +375,8 @@ class Self2Self:
         self.spread.copy_(prediction.std((2, 3)).max())
         self.slope.copy_((prediction * (1 - prediction)).mean())
         if self.average:
-            pairs = self.averaged.parameters(), self.network.parameters()
-            with torch.no_grad():
-                torch._foreach_lerp_(*map(list, pairs), 1 - self.average)
+            self.sums *= self.fading
+            self.sums += torch.stack([prediction.sum(0), (prediction**2).sum(0)])
 
     def _capture(self):
         """Capture the whole step in one CUDA graph; the warm-up leaves no trace."""

@@ -546,15 +546,15 @@ def test_same_seed_repeats_however_often_one_looks():
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon"])
-def test_learner_goes_on_from_a_state(optimizer):
+@pytest.mark.parametrize("optimizer, average", [("adam", 0), ("adamw", 0), ("muon", 2)])
+def test_learner_goes_on_from_a_state(optimizer, average):
     y = random_image(1, 32, 33)
-    learner = begun(y, optimizer=optimizer)
+    learner = begun(y, optimizer=optimizer, average=average)
     learner.begin_again()
     train(learner, 3)
     state = learner.state_dict()
     train(learner, 3)
-    resumed = begun(y, optimizer=optimizer)
+    resumed = begun(y, optimizer=optimizer, average=average)
     resumed.load_state_dict(state)
     train(resumed, 3)
     assert resumed.step == learner.step == 6
@@ -567,10 +567,10 @@ def test_learner_goes_on_from_a_state(optimizer):
     [((1, 32, 33), identity), ((1, 32, 33), roll), ((3, 34, 32), identity)],
 )
 def test_second_image_is_learnt_like_a_first(shape, operator):
-    learner = train(begun(random_image(1, 32, 33)), 3)
+    learner = train(begun(random_image(1, 32, 33), average=2), 3)
     second = random_image(*shape, seed=1)
     learner.begin(second, operator)
-    fresh = begun(second, operator)
+    fresh = begun(second, operator, average=2)
     np.testing.assert_array_equal(learner.predict(2), fresh.predict(2))
     train(learner, 3)
     train(fresh, 3)
@@ -594,7 +594,7 @@ def test_prediction_is_the_mean_of_the_ensemble():
     learner = train(begun(random_image(1, 32, 33), seed=5), 2)
     masks = masks_of("cpu", 5, 2)
     with torch.no_grad():
-        samples = [learner._sample(learner.network, masks, 1)[0][0] for _ in range(4)]
+        samples = [learner._sample(masks, 1)[0][0] for _ in range(4)]
     assert not torch.equal(samples[0], samples[1])
     np.testing.assert_allclose(learner.predict(4), sum(samples) / 4, atol=1e-6)
     variance = np.var(samples, 0, ddof=1)
@@ -774,30 +774,36 @@ def test_second_image_is_learnt_like_a_first_by_the_same_graph():
 @needs_cuda
 def test_learner_goes_on_from_a_state_on_cuda():
     y = random_image(1, 64, 64)
-    learner = train(begun(y, device="cuda"), 3)
+    learner = train(begun(y, device="cuda", average=2), 3)
     state = learner.state_dict()
     train(learner, 3)
-    resumed = begun(y, device="cuda")
+    resumed = begun(y, device="cuda", average=2)
     resumed.load_state_dict(state)
     train(resumed, 3)
     assert resumed.mean_loss() == pytest.approx(learner.mean_loss(), rel=1e-3)
     assert distance(resumed, learner) < 1e-3
 
 
-def test_averaged_weights_are_the_ones_that_predict():
-    y = random_image(1, 32, 33)
-    learner = begun(y, average=0.8)
-    expected = [w.detach().clone() for w in learner.network.parameters()]
-    for _ in range(4):
-        learner.train_step()
-        for mean, weight in zip(expected, learner.network.parameters(), strict=True):
-            mean.lerp_(weight.detach(), 0.2)
-    torch.testing.assert_close(list(learner.averaged.parameters()), expected)
-    before = learner.predict(2)
-    with torch.no_grad():
-        for weight in learner.network.parameters():
-            weight.zero_()
-    assert (learner.predict(2) == before).all()
+def test_the_trainings_own_predictions_join_the_ensemble():
+    learner = begun(random_image(3, 32, 33), average=2, bs=2, seed=5)
+    sampled, sample = [], learner._sample
+
+    def watched_sample(masks, n):
+        prediction, mask = sample(masks, n)
+        sampled.extend(prediction.detach().numpy().astype(float))
+        return prediction, mask
+
+    learner._sample = watched_sample
+    restored = train(learner, 4).predict(3)
+    weights = np.array([1, 1, 4, 4, 9, 9, 16, 16] + [16] * 3) / 16
+    mean = np.average(sampled, 0, weights)
+    np.testing.assert_allclose(restored, mean, atol=1e-6)
+    errors = (weights[:, None, None, None] * (sampled - mean) ** 2).sum(0)
+    np.testing.assert_allclose(
+        learner.variance, errors / (weights.sum() - 1), atol=1e-6
+    )
+    learner._sample = sample
+    np.testing.assert_array_equal(learner.predict(3), restored)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
