@@ -169,7 +169,7 @@ RECIPES = {
         "lr": 3e-3,
         "beta2": 0.9,  # no step is larger than the learning rate
         "anneal": True,
-        "average": 2,  # they do: that of step t of T with weight (t / T)**2
+        "average": 3,  # they do: that of step t of T with weight (t / T)**3
         "ratio": "entries",  # full windows scaled by 1
         "start": "mean",  # the last bias makes the observation's mean
         "fuse": "on",

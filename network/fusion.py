@@ -11,6 +11,7 @@ WINDOW = 15  # patches a side, over which a frequency's energy is averaged
 BAND = 3  # frequencies a side, likewise
 REACH = PATCH - STRIDE + STRIDE * (WINDOW // 2)  # pixels that an entry is decided by
 SLAB = 2**18  # pixels worked on at a time, for memory's sake
+BINS = 8  # of the residual's spectrum, along either side
 
 # Measured on crops of House, Peppers and kodim01, sigma 10 to 50:
 SPREAD = 2.2  # the ensemble's squared error, in units of its predictions' variance
@@ -36,7 +37,8 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     divided by A's transfer function of x - f. For A = identity and flat energies that
     is the inverse-variance mean of f and y; but a network errs in some frequencies and
     places. The noise's energy varies: the less error there is to find, by the
-    predictions' variance, the more of E is taken for noise.
+    predictions' variance, the more of E is taken for noise. Nor is a sigma believed that
+    is lower than what the quiet quarter of the residual's spectrum holds, less the error.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
@@ -53,13 +55,14 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     y = torch.as_tensor(observation, dtype=torch.float32)
     f, variance = (torch.as_tensor(x).to(y) for x in (ensemble, variance))
     size = y.shape[1:]
-    noise, error = (sigma / 255) ** 2, SPREAD * variance
+    error = SPREAD * variance
     mean = max(error.mean().item(), 1e-12)
     residual = y - forward_operator(f[None])[0]
     impulse = y.new_zeros(1, 1, *size)
     impulse[..., 0, 0] = 1
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
+    noise = max((sigma / 255) ** 2, quiet(residual) - mean * power.mean().item())
     # Dividing makes noise stronger: by no more than this where A passes little.
     passed = power.clamp(min=max(1e-4, min(1, noise / mean / 8)))
     ratio = noise * (1 / passed).mean().item() / mean
@@ -70,6 +73,17 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
     fused = f + torch.fft.irfft2(found, s=size)
     return fused.cpu().numpy(), (error * left.mean()).cpu().numpy()
+
+
+def quiet(residual):
+    """Return the energy that three quarters of a residual's spectrum reach."""
+    spectrum = torch.fft.rfft2(residual, norm="ortho").abs() ** 2
+    bins = [
+        part.mean()
+        for rows in spectrum.tensor_split(BINS, 1)
+        for part in rows.tensor_split(BINS, 2)
+    ]
+    return torch.stack(bins).quantile(0.25).item()
 
 
 def wiener(residual, noise):

@@ -677,22 +677,42 @@ def test_fusing_white_errors_is_the_inverse_variance_mean(error):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_fusing_without_noise_gives_y_and_with_much_the_ensemble(channels):
-    _, f, y = observed(0.1, 0.1, (channels, 40, 33))
+    _, f, y = observed(0.1, 0, (channels, 40, 33))
     np.testing.assert_allclose(fused(f, y, 0, 0.1)[0], y, atol=1e-5)
     np.testing.assert_allclose(fused(f, y, 1e4, 0.1)[0], f, atol=1e-6)
 
 
+@pytest.mark.parametrize("operator", [identity, CircularBlur(gaussian_psf(15, 1.0))])
+def test_fusing_does_not_believe_a_level_far_too_low(operator):
+    clean, f, _ = observed(0.03, 0)
+    noise = 0.1 * torch.randn(1, 128, 128, generator=seeded())
+    y = (operator(torch.from_numpy(clean)[None])[0] + noise).numpy()
+    right, _ = fused(f, y, 25.5, 0.03, operator)
+    low, _ = fused(f, y, 5, 0.03, operator)
+    errors = [((x - clean) ** 2).mean() for x in (f, right, low)]
+    assert errors[1] < errors[0] * 1.01
+    assert errors[2] < errors[0] * 1.1
+
+
+def test_quiet_quarter_of_a_spectrum_is_its_definition():
+    residual = random_image(3, 41, 36).numpy() - 0.5
+    energy = np.abs(np.fft.rfft2(residual)) ** 2 / (41 * 36)
+    rows = np.array_split(energy, fusion.BINS, axis=1)
+    parts = [x.mean() for part in rows for x in np.array_split(part, fusion.BINS, 2)]
+    expected = np.quantile(parts, 0.25)
+    assert fusion.quiet(torch.from_numpy(residual)) == pytest.approx(expected, rel=1e-4)
+
+
 def test_fusing_inverts_the_operator():
-    """Without noise: f plus the dense system's solution for the residual."""
+    """Without noise the dense system's solution."""
     psf = np.array([[0, 0.05, 0.0], [0.1, 0.6, 0.15], [0.0, 0.1, 0.0]])
-    _, f, y = observed(0.1, 0.1, (1, 32, 33))
+    clean, f, _ = observed(0.1, 0, (1, 32, 33))
     blur = CircularBlur(psf)
     pixels = torch.eye(32 * 33).view(-1, 1, 32, 33)
-    matrix = blur(pixels).reshape(32 * 33, -1).T
-    residual = torch.from_numpy(y) - blur(torch.from_numpy(f)[None])[0]
-    expected = f.ravel() + torch.linalg.solve(matrix, residual.ravel()).numpy()
+    matrix = blur(pixels).reshape(32 * 33, -1).numpy().T
+    y = (matrix @ clean.ravel()).reshape(clean.shape)
     result, _ = fused(f, y, 0, 0.1, blur)
-    np.testing.assert_allclose(result.ravel(), expected, atol=1e-4)
+    np.testing.assert_allclose(result, clean, atol=1e-4)
 
 
 def test_fusing_under_a_blur_of_one_pixel_is_the_pointwise_form():
