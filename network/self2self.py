@@ -295,9 +295,11 @@ class Self2Self:
         masks = BernoulliMasks(self.device, self.seed, self.step)
         size = max(1, PREDICTION_PIXELS[self.device.type] // self.y[0, 0].numel())
         total, squares = self.sums.clone()
-        steps = np.arange(1, self.step + 1)
-        weight = self.bs * ((steps / self.step) ** self.average).sum()
-        count = num_prediction + (weight if self.average else 0)
+        count = num_prediction
+        if self.average:
+            steps = np.arange(1, self.step + 1)
+            weights = (steps / self.step) ** self.average
+            count += self.bs * float(weights.sum())
         with torch.inference_mode():
             for start in range(0, num_prediction, size):
                 n = min(size, num_prediction - start)
