@@ -164,12 +164,12 @@ RECIPES = {
     },
     "fast": {
         "iteration": 1000,
-        "drop_rate": {0: 0.2, 15: 0.3},  # from that sigma on: see `decided`
+        "drop_rate": {0: 0.2, 15: 0.3},  # from these sigmas on: see `decided`
         "optimizer": "muon",
         "lr": 3e-3,
         "beta2": 0.9,  # no step is larger than the learning rate
         "anneal": True,
-        "average": 3,  # they do: that of step t of T with weight (t / T)**3
+        "average": {0: 3, 40: 1},  # they do: that of step t of T with (t / T)**average
         "ratio": "entries",  # full windows scaled by 1
         "start": "mean",  # the last bias makes the observation's mean
         "fuse": "on",
@@ -182,14 +182,16 @@ def decided(recipe, sigma=None):
 
     Args:
         recipe: name of one of RECIPES.
-        sigma: the noise's, 0-255 scale; None, where it is not known or a blur is there
-            too: the drop rate is then left to the script.
+        sigma: the noise's, 0-255 scale, for what goes by it; None, where it is not
+            known or a blur is there too: as for 25.
     """
-    values = dict(RECIPES[recipe])
-    rates = values.pop("drop_rate", None)
-    if rates and sigma is not None:
-        values["drop_rate"] = rates[max(low for low in rates if low <= sigma)]
-    return values
+    level = 25 if sigma is None else sigma
+    return {
+        name: value[max(k for k in value if k <= level)]
+        if type(value) is dict
+        else value
+        for name, value in RECIPES[recipe].items()
+    }
 
 
 class Parser(argparse.ArgumentParser):

@@ -132,19 +132,23 @@ def test_a_flag_wins_over_the_recipe_and_the_recipe_over_the_defaults():
 
 
 @pytest.mark.parametrize(
-    ("flags", "drop_rate"),
+    ("flags", "drop_rate", "average"),
     [
-        ("--recipe fast", 0.3),
-        ("--recipe fast --sigma 0", 0.2),
-        ("--recipe fast --sigma 14.9", 0.2),
-        ("--recipe fast --sigma 15", 0.3),
-        ("--recipe fast --sigma 5 --observed", 0.3),
-        ("--sigma 5", 0.3),
+        ("--recipe fast", 0.3, 3),
+        ("--recipe fast --sigma 0", 0.2, 3),
+        ("--recipe fast --sigma 14.9", 0.2, 3),
+        ("--recipe fast --sigma 15", 0.3, 3),
+        ("--recipe fast --sigma 39.9", 0.3, 3),
+        ("--recipe fast --sigma 40", 0.3, 1),
+        ("--recipe fast --sigma 5 --observed", 0.3, 3),
+        ("--recipe fast --sigma 50 --observed", 0.3, 3),
+        ("--sigma 5", 0.3, 0),
     ],
 )
-def test_fast_drops_fewer_entries_where_there_is_little_noise(flags, drop_rate):
-    assert parse(flags)["drop_rate"] == drop_rate
-    assert parse(flags, "deblur")["drop_rate"] == 0.3
+def test_fast_goes_by_the_noise_where_it_is_known(flags, drop_rate, average):
+    chosen, blurred = parse(flags), parse(flags, "deblur")
+    assert (chosen["drop_rate"], chosen["average"]) == (drop_rate, average)
+    assert (blurred["drop_rate"], blurred["average"]) == (0.3, min(3, 3 * average))
 
 
 def test_fast_recipe_names_its_steps():
