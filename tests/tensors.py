@@ -1,0 +1,56 @@
+"""Tiny tensors and learners that the tests of the network share."""
+
+import pytest
+import torch
+
+from network.self2self import Self2Self
+
+DOUBLE = {"dtype": torch.float64}
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+on_devices = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=needs_cuda)]
+)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_image(*shape, seed=0):
+    return torch.rand(shape, generator=seeded(seed))
+
+
+def block_mask(*shape, seed=0):
+    """A Bernoulli mask, half dropped, with a missing block at the top left."""
+    mask = (torch.rand(shape, generator=seeded(seed), **DOUBLE) < 0.5).double()
+    mask[..., : shape[-2] * 2 // 3, : shape[-1] * 2 // 3] = 0
+    return mask
+
+
+def sparse_mask(*shape):
+    """A Bernoulli mask with 95 % dropped."""
+    return (torch.rand(shape, generator=seeded(), **DOUBLE) < 0.05).double()
+
+
+def identity(x):
+    return x
+
+
+def roll(x):
+    """An operator that a flip on its wrong side gives away."""
+    return x.roll(1, -1)
+
+
+def begun(y, operator=identity, **settings):
+    """A learner that has begun on y."""
+    defaults = {"drop_rate": 0.3, "lr": 1e-3, "optimizer": "adam"}
+    defaults |= {"bs": 1, "seed": 0, "device": "cpu"}
+    learner = Self2Self(**defaults | settings)
+    learner.begin(y, operator)
+    return learner
+
+
+def train(learner, steps):
+    for _ in range(steps):
+        learner.train_step()
+    return learner

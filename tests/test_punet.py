@@ -1,0 +1,172 @@
+"""The network against a plain one written out here, and its parts."""
+
+import pytest
+import torch
+from tensors import (
+    DOUBLE,
+    block_mask,
+    needs_cuda,
+    random_image,
+    seeded,
+    sparse_mask,
+)
+from torch.nn import functional as F
+
+from network import punet
+from network.punet import EdgePad, Punet
+
+
+class Recorder:
+    """A dropout source that keeps what it drew."""
+
+    def __init__(self):
+        self.masks = []
+        self.generator = seeded(7)
+
+    def __call__(self, shape, drop_rate):
+        uniform = torch.rand(shape, generator=self.generator, **DOUBLE)
+        self.masks.append((uniform >= drop_rate).double())
+        return self.masks[-1]
+
+
+def plain_punet(parameters, x, mask, dropout_masks, drop_rate):
+    """Punet step by step, parameters and dropout masks in forward order."""
+    parameters, dropout_masks = iter(parameters), iter(dropout_masks)
+
+    def pad(t):
+        return F.pad(t, (1, 1, 1, 1), mode="replicate")
+
+    def encode(x, mask):
+        weight, bias = next(parameters), next(parameters).view(-1, 1, 1)
+        mask = F.pad(mask, (1, 1, 1, 1), value=1.0)
+        kept = F.conv2d(mask, torch.ones_like(weight))
+        updated = kept.clamp(0, 1)
+        x = F.conv2d(pad(x) * mask, weight) * (9 / (kept + 1e-8) * updated) + bias
+        return F.leaky_relu(x, 0.1), updated
+
+    def decode(x):
+        if drop_rate:
+            x = x * next(dropout_masks) / (1 - drop_rate)
+        return F.conv2d(pad(x), next(parameters), next(parameters))
+
+    skips = [x]
+    x, mask = encode(*encode(x, mask))
+    for _ in range(4):
+        x, mask = (F.max_pool2d(t, 2, ceil_mode=True) for t in (x, mask))
+        skips.append(x)
+        x, mask = encode(x, mask)
+    x, mask = (F.max_pool2d(t, 2, ceil_mode=True) for t in (x, mask))
+    x, mask = encode(x, mask)
+    while skips:
+        skip = skips.pop()
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = x[:, :, : skip.shape[2], : skip.shape[3]]
+        x = F.leaky_relu(decode(torch.cat((x, skip), 1)), 0.1)
+        x = F.leaky_relu(decode(x), 0.1)
+    x = torch.sigmoid(decode(x))
+    assert not [*parameters, *dropout_masks]
+    return x
+
+
+@pytest.mark.parametrize("make_mask", [sparse_mask, block_mask])
+@pytest.mark.parametrize("drop_rate", [0, 0.3])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(32, 32), (45, 33), (79, 32)])
+def test_punet_is_its_plain_self(size, channels, drop_rate, make_mask):
+    shape = (2, channels, *size)
+    mask = make_mask(*shape)
+    x = (random_image(*shape).double() * mask).requires_grad_()
+    torch.manual_seed(0)
+    network = Punet(channels, drop_rate).double()
+    parameters = list(network.parameters())
+    draw = Recorder()
+    prediction = network(x, mask, draw)
+    plain = plain_punet(parameters, x, mask, draw.masks, drop_rate)
+    target = random_image(*shape, seed=1)
+    results = [
+        (output, *torch.autograd.grad(((output - target) ** 2).sum(), (x, *parameters)))
+        for output in (prediction, plain)
+    ]
+    for ours, expected in zip(*results, strict=True):
+        assert ours.shape == expected.shape
+        assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@needs_cuda
+def test_punet_is_the_same_on_cuda():
+    shape = (2, 3, 45, 33)
+    mask = block_mask(*shape)
+    x = random_image(*shape).double() * mask
+    network = Punet(3, 0.3).double()
+    draw = Recorder()
+    on_cpu = network(x, mask, draw)
+    masks = iter(draw.masks)
+    network.cuda()
+    on_cuda = network(x.cuda(), mask.cuda(), lambda *_: next(masks).cuda().bool())
+    torch.testing.assert_close(on_cuda.cpu(), on_cpu)
+
+
+@needs_cuda
+@pytest.mark.parametrize("ratio", ["window", "entries"])
+@pytest.mark.parametrize("drop_rate", [0, 0.3])
+@pytest.mark.parametrize("shape", [(1, 1, 64, 64), (2, 3, 45, 33), (1, 1, 79, 32)])
+def test_fused_kernels_compute_the_same(shape, drop_rate, ratio, monkeypatch):
+    mask = sparse_mask(*shape).float().cuda()
+    x = random_image(*shape).cuda() * mask
+    torch.manual_seed(0)
+    network = Punet(shape[1], drop_rate, ratio).cuda()
+    network.to(memory_format=torch.channels_last)
+    assert punet.fused is not None
+    assert punet.fused.usable(x)
+    target = random_image(*shape, seed=1).cuda()
+    results = []
+    for module in (punet.fused, None):
+        monkeypatch.setattr(punet, "fused", module)
+        draw = Recorder()
+        with torch.backends.cudnn.flags(
+            enabled=True, deterministic=True, allow_tf32=False
+        ):
+            output = network(x, mask, lambda *a, draw=draw: draw(*a).cuda().bool())
+            loss = ((output - target) ** 2).mean()
+            grads = torch.autograd.grad(loss, list(network.parameters()))
+        results.append((output, loss, *grads))
+    for ours, expected in zip(*results, strict=True):
+        # 32-bit gradients of two orders of summation
+        assert (ours - expected).abs().max() <= 5e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("channels, count", [(1, 988_609), (3, 991_203)])
+def test_punet_has_its_weights(channels, count):
+    assert sum(p.numel() for p in Punet(channels, 0.3).parameters()) == count
+
+
+def test_dropout_is_active_in_eval_mode():
+    network = Punet(1, 0.3).eval()
+    x = random_image(1, 1, 32, 32)
+    with torch.no_grad():
+        a, b = (network(x, torch.ones_like(x)) for _ in range(2))
+    assert not torch.equal(a, b)
+
+
+def test_dropout_keeps_its_rate():
+    torch.manual_seed(0)
+    keep = Punet(1, 0.3)._draw((1000, 1000), 0.3)
+    assert abs(keep.double().mean() - 0.7) < 4 * (0.3 * 0.7 / keep.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("keep", [None, "float", "bool"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 3), (6, 5)])
+def test_edge_pad_is_replicate_padding(size, keep):
+    maps = [random_image(2, c, *size).requires_grad_() for c in (2, 3)]
+    if keep:
+        drawn = torch.rand((2, 5, *size), generator=seeded(1)) < 0.7
+        keep = drawn if keep == "bool" else drawn.float()
+    joined = torch.cat(maps, 1) * (1 if keep is None else keep)
+    expected = F.pad(joined, (1, 1, 1, 1), mode="replicate")
+    padded = EdgePad.apply(keep, *maps)
+    assert torch.equal(padded, expected)
+    weight = random_image(*expected.shape, seed=2)
+    grads, expected_grads = (
+        torch.autograd.grad((out * weight).sum(), maps) for out in (padded, expected)
+    )
+    torch.testing.assert_close(grads, expected_grads)
