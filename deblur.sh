@@ -1,7 +1,7 @@
 #!/bin/sh
 # Deblur; a flag given after the script's name wins over the one here. Steps,
 # optimiser and learning rate are the recipe's: a value here would win over it.
-exec python "$(dirname "$0")/deblur.py" \
+exec python -u "$(dirname "$0")/deblur.py" \
     --path camera \
     --recipe paper \
     --sigma 10 \

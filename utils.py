@@ -684,6 +684,7 @@ class Record:
             unit="step",
             initial=step,
             position=self.run.rank,
+            disable=None,  # where stderr is a file, which it would fill
         )
         with bar:
             while step < self.args.iteration:
