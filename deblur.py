@@ -3,17 +3,16 @@
 The PSF k is known (non-blind); the convolution is circular.
 """
 
+import hashlib
 import sys
 from pathlib import Path
 
-import utils  # before PyTorch, for which it sets the environment
-
-# isort: split
 import numpy as np
 import scipy.io
 import torch
 
-from network import Self2Self
+import utils
+from network import Self2Self, recipes
 
 LARGEST_PSF = 4096  # side, pixels; as --kernel_size
 
@@ -28,12 +27,13 @@ DEFAULTS = {
     "kernel_size": 15,  # side of the Gaussian PSF, pixels
     "kernel_sigma": 1.0,  # its standard deviation, pixels
     "kernel": None,  # file of any other PSF (.mat, .npy or an image), or None
-    # How it learns
-    "recipe": "paper",  # paper or fast: utils.RECIPES says what each decides, and wins
-    "drop_rate": 0.3,  # p of the Bernoulli mask and of the dropout, in [0, 1)
-    "iteration": 150000,  # training steps
-    "lr": 1e-4,  # learning rate
-    "optimizer": "adam",  # adam, adamw or muon
+    # How it learns; None: as the recipe has it, in network/recipes.py
+    "recipe": "fast",  # fast: 1,000 steps; paper: as published, 150,000
+    "drop_rate": None,  # p of the Bernoulli mask and of the dropout, in [0, 1)
+    "iteration": None,  # training steps
+    "lr": None,  # learning rate
+    "optimizer": None,  # adam, adamw or muon
+    "fuse": None,  # on: give the ensemble back what its residual holds besides noise
     "bs": 1,  # Bernoulli samples of the observation per step
     "seed": 0,  # of noise, weights, masks and dropout
     "device": "auto",  # auto, cpu, cuda, cuda:N or mps
@@ -41,11 +41,16 @@ DEFAULTS = {
     "resume": False,  # True: go on from the checkpoint of an interrupted run
     "test_frequency": 1000,  # steps between ensemble predictions
     "num_prediction": 100,  # predictions averaged
-    "fuse": "off",  # on: give the ensemble back what its residual holds besides noise
     "noise_sigma": None,  # an observed image's sigma, for fusing; None: estimated
     "model_type": "deblur",  # name of the results folder
     "log_path": "./logs/deblur/log.txt",  # its .csv and .png stand beside it
 }
+
+
+def decide(args):
+    """Return what the recipe decides; what a Gaussian blur has taken away is gone."""
+    fuse = bool(args.kernel and args.sigma) and not args.observed
+    return recipes.decided(args.recipe, fuse=fuse)
 
 
 def gaussian_psf(size, sigma):
@@ -148,42 +153,46 @@ class CircularBlur:
         return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=size)
 
 
-def restore(record, blur, learner, args):
-    """Restore one image: make its observation, learn it, predict at every test."""
-    blurred = blur(torch.from_numpy(record.image)[None])[0].numpy()
-    if args.observed:
-        record.observe(record.image, kernel=blur.psf.numpy())
-    else:
-        noise = utils.gaussian_noise(record.image.shape, args.sigma, args.seed)
-        record.observe(
-            blurred + noise, noise=noise, blurred=blurred, kernel=blur.psf.numpy()
-        )
-    learner.begin(record.observation, blur)
-    for step in record.steps(learner):
-        learner.train_step()
-        if record.is_test(step):
-            ensemble = learner.predict(args.num_prediction)
-            fused = learner.fuse(ensemble, record.sigma) if args.fuse == "on" else ()
-            record.add(step, learner.mean_loss(), ensemble, *fused)
+def chosen_psf(args):
+    """Return the PSF (h, w), and its name for the results folder."""
+    if args.kernel:
+        psf = read_psf(args.kernel)
+        contents = hashlib.sha256(Path(args.kernel).read_bytes()).hexdigest()
+        return psf, f"{Path(args.kernel).stem}-{contents[:8]}"
+    psf = gaussian_psf(args.kernel_size, args.kernel_sigma)
+    return psf, f"gaussian{args.kernel_size}-{args.kernel_sigma:g}"
 
 
 def main(argv=None):
     """Run the script; return its exit status."""
-    utils.tune_cpu()
-    args = utils.parse_arguments(__doc__, DEFAULTS, argv)
+    args = utils.parse_arguments(__doc__, DEFAULTS, decide, argv)
     try:
-        psf = (
-            read_psf(args.kernel)
-            if args.kernel
-            else gaussian_psf(args.kernel_size, args.kernel_sigma)
-        )
+        psf, psf_name = chosen_psf(args)
     except utils.InputError as error:
         return utils.fail(error)
-    learner = Self2Self(**utils.learner_settings(args))
-    named = ("kernel_size", "kernel_sigma", "sigma", "drop_rate")
-    run = utils.Run(args, DEFAULTS, named)
-    blur = CircularBlur(psf)
-    return run.restore(lambda record: restore(record, blur, learner, args))
+    run = utils.Run(args, DEFAULTS | decide(args), psf_name)
+    learner, blur = Self2Self(**recipes.learner_settings(args)), CircularBlur(psf)
+    for path in run.paths:
+        with run.image(path) as result:  # an error is reported, the next image goes on
+            x = result.read()
+            noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
+            blurred = blur(torch.from_numpy(x)[None])[0].numpy()
+            y = x if args.observed else blurred + noise
+            learner.begin(y, blur, on_restart=result.start_over)
+            # with --resume: at its checkpoint
+            result.begin(learner, y, noise=noise, blurred=blurred, kernel=psf)
+            while learner.step < args.iteration:
+                learner.train_step()  # a network that dies starts over, at step 0
+                if result.is_test(learner.step) and learner.alive():
+                    ensemble = learner.predict(args.num_prediction)
+                    fuse = args.fuse == "on"
+                    fused = learner.fuse(ensemble, result.sigma) if fuse else ()
+                    result.add(learner.step, learner.mean_loss(), ensemble, *fused)
+                if run.stopped or result.is_due(learner.step):
+                    result.save_checkpoint(learner)
+                run.advance(learner.step)
+            result.finish()
+    return run.finish()
 
 
 if __name__ == "__main__":

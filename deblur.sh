@@ -1,9 +1,9 @@
 #!/bin/sh
-# Deblur; a flag given after the script's name wins over the one here. Steps,
-# optimiser and learning rate are the recipe's: a value here would win over it.
+# Deblur; a flag given after the script's name wins over the one here.
+# --recipe fast: 1,000 steps; paper: the published training, 150,000, days on a CPU.
 exec python -u "$(dirname "$0")/deblur.py" \
     --path camera \
-    --recipe paper \
+    --recipe fast \
     --sigma 10 \
     --kernel_size 15 \
     --kernel_sigma 1.0 \

@@ -3,7 +3,7 @@
 import sys
 
 import utils
-from network import Self2Self
+from network import Self2Self, recipes
 
 DEFAULTS = {
     # What to restore
@@ -12,12 +12,13 @@ DEFAULTS = {
     "sigma": 25.0,  # noise added: standard deviation on the 0-255 scale; 0 = none
     "observed": False,  # True: the image is noisy already, nothing is added
     "reference": None,  # clean image file to score an observed one against, or None
-    # How it learns
-    "recipe": "paper",  # paper or fast: utils.RECIPES says what each decides, and wins
-    "drop_rate": 0.3,  # p of the Bernoulli mask and of the dropout, in [0, 1)
-    "iteration": 150000,  # training steps
-    "lr": 1e-4,  # learning rate
-    "optimizer": "adam",  # adam, adamw or muon
+    # How it learns; None: as the recipe has it, in network/recipes.py
+    "recipe": "fast",  # fast: 1,000 steps; paper: as published, 150,000
+    "drop_rate": None,  # p of the Bernoulli mask and of the dropout, in [0, 1)
+    "iteration": None,  # training steps
+    "lr": None,  # learning rate
+    "optimizer": None,  # adam, adamw or muon
+    "fuse": None,  # on: give the ensemble back what its residual holds besides noise
     "bs": 1,  # Bernoulli samples of the observation per step
     "seed": 0,  # of noise, weights, masks and dropout
     "device": "auto",  # auto, cpu, cuda, cuda:N or mps
@@ -25,11 +26,16 @@ DEFAULTS = {
     "resume": False,  # True: go on from the checkpoint of an interrupted run
     "test_frequency": 1000,  # steps between ensemble predictions
     "num_prediction": 100,  # predictions averaged
-    "fuse": "off",  # on: give the ensemble back what its residual holds besides noise
     "noise_sigma": None,  # an observed image's sigma, for fusing; None: estimated
     "model_type": "denoise",  # name of the results folder
     "log_path": "./logs/denoise/log.txt",  # its .csv and .png stand beside it
 }
+
+
+def decide(args):
+    """Return what the recipe decides for this noise; a camera's is not known, nor white."""
+    sigma = None if args.observed else args.sigma
+    return recipes.decided(args.recipe, sigma, fuse=bool(sigma))
 
 
 def identity(x):
@@ -37,29 +43,30 @@ def identity(x):
     return x
 
 
-def restore(record, learner, args):
-    """Restore one image: make its observation, learn it, predict at every test."""
-    if args.observed:
-        record.observe(record.image)
-    else:
-        noise = utils.gaussian_noise(record.image.shape, args.sigma, args.seed)
-        record.observe(record.image + noise, noise=noise)
-    learner.begin(record.observation, identity)
-    for step in record.steps(learner):
-        learner.train_step()
-        if record.is_test(step):
-            ensemble = learner.predict(args.num_prediction)
-            fused = learner.fuse(ensemble, record.sigma) if args.fuse == "on" else ()
-            record.add(step, learner.mean_loss(), ensemble, *fused)
-
-
 def main(argv=None):
     """Run the script; return its exit status."""
-    utils.tune_cpu()
-    args = utils.parse_arguments(__doc__, DEFAULTS, argv)
-    learner = Self2Self(**utils.learner_settings(args))
-    run = utils.Run(args, DEFAULTS, named=("sigma", "drop_rate"))
-    return run.restore(lambda record: restore(record, learner, args))
+    args = utils.parse_arguments(__doc__, DEFAULTS, decide, argv)
+    run = utils.Run(args, DEFAULTS | decide(args))
+    learner = Self2Self(**recipes.learner_settings(args))
+    for path in run.paths:
+        with run.image(path) as result:  # an error is reported, the next image goes on
+            x = result.read()
+            noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
+            y = x if args.observed else x + noise
+            learner.begin(y, identity, on_restart=result.start_over)
+            result.begin(learner, y, noise=noise)  # with --resume: at its checkpoint
+            while learner.step < args.iteration:
+                learner.train_step()  # a network that dies starts over, at step 0
+                if result.is_test(learner.step) and learner.alive():
+                    ensemble = learner.predict(args.num_prediction)
+                    fuse = args.fuse == "on"
+                    fused = learner.fuse(ensemble, result.sigma) if fuse else ()
+                    result.add(learner.step, learner.mean_loss(), ensemble, *fused)
+                if run.stopped or result.is_due(learner.step):
+                    result.save_checkpoint(learner)
+                run.advance(learner.step)
+            result.finish()
+    return run.finish()
 
 
 if __name__ == "__main__":

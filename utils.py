@@ -1,15 +1,17 @@
-"""What both scripts need around the method: options, images in and out, noise, metrics, log and plots."""
+"""What both scripts need around the method.
+
+Options; pictures in and out; noise and scores; Result, the files of one image; Run, all
+images of one call, with their log and exit status; drawing.
+"""
 
 import argparse
 import csv
-import ctypes
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -18,47 +20,45 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-# Both are read when a library is imported, below. Let PyTorch's threads spin for a tenth
-# of a millisecond, not several, while they wait: as fast on a quiet machine, and beside
-# one other busy program a step takes twice as long, not fifteen times.
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-# Refuse a tiny file that claims a gigantic image.
+# Read when OpenCV is imported: refuse a tiny file that claims a gigantic image.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**25))
 
 import cv2
 import numpy as np
 import scipy.io
-import scipy.ndimage
 import skimage.data
 import torch
 from matplotlib.figure import Figure
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
+from network.fusion import estimate_sigma
+from network.recipes import RECIPES
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SMALLEST_SIDE = 32  # pixels: five poolings
-LOSS_EVERY = 100  # steps between two looks at the loss
 SAVE_EVERY = 300  # seconds between two checkpoints, at most
-EARLY = 1000  # steps within which a network that dies is started over
-ATTEMPTS = 4  # networks that may die before an image is given up
+PANEL = 1024  # pixels a side in comparison.png, at most
 
 
 class InputError(Exception):
     """Something that the user gave cannot be used; the text names it and the cure."""
 
 
-class TrainingError(Exception):
-    """The training of an image cannot go on."""
-
-
 class Stopped(Exception):
     """The user or the system asked the run to stop; its state is saved."""
+
+
+def fail(error):
+    """Report on stderr what cannot be done; return the exit status 2."""
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    return 2
 
 
 # --- options -------------------------------------------------------------------------
 
 
-def number(kind, low, text, high=math.inf, include_low=True):
+def number(kind, low, told, high=math.inf, include_low=True):
     """Make an argparse type: a finite number of `kind` from low up to, not including, high."""
 
     def convert(value):
@@ -67,131 +67,85 @@ def number(kind, low, text, high=math.inf, include_low=True):
         except ValueError:
             x = math.nan
         if not (low <= x < high and (include_low or x != low)):
-            raise argparse.ArgumentTypeError(f"{value!r} is not {text}")
+            raise argparse.ArgumentTypeError(f"{value!r} is not {told}")
         return x
 
     return convert
 
 
-positive_int = number(int, 1, "a whole number from 1")
-natural = number(int, 0, "a whole number from 0")
-positive = number(float, 0, "a number above 0", include_low=False)
-psf_side = number(int, 1, "a whole number from 1 to 4096", high=4097)
-psf_sigma = number(float, 1e-3, "a number from 0.001")
-seed = number(int, 0, "a whole number from 0 to 2**32 - 1", high=2**32)
-non_negative = number(float, 0, "a number from 0")
-rate = number(float, 0, "a rate in [0, 1)", high=1)
+def name(value):
+    """An argparse type: what can be written in a log, and passed to OpenCV."""
+    if not value or not is_utf8(value):
+        raise argparse.ArgumentTypeError(f"{value!r} is empty or not UTF-8")
+    return value
 
 
-class Option(NamedTuple):
-    """A command line option of either script; its default value stands in the script."""
-
-    type: object
-    help: str
-    choices: tuple | None = None
-    # What a value that is not the default adds to the results folder's name; None: the
-    # option leaves the result as it is, or its value is always named.
-    label: object = None
+def folder_name(value):
+    """An argparse type: the name of a folder in another."""
+    if Path(name(value)).name != value:
+        raise argparse.ArgumentTypeError(f"{value!r}: no name of a folder")
+    return value
 
 
-def file_label(path):
-    """Name a file by its stem and contents."""
-    return (
-        f"{Path(path).stem}-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}"
+def choose_device(value):
+    """Turn auto, cpu, cuda, cuda:N or mps into a torch.device that is there.
+
+    Of several processes on a machine (LOCAL_RANK) each takes a GPU of its own.
+    """
+    if value == "auto":
+        value = "cuda" if torch.cuda.is_available() else "cpu"
+    if value == "cuda" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        value = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+        if device.type in ("cpu", "cuda", "mps"):
+            return device
+    except (AssertionError, RuntimeError):  # what PyTorch says of absent ones
+        pass
+    raise argparse.ArgumentTypeError(
+        f"no device {value!r} on this machine; there are auto, cpu, cuda, cuda:N, mps"
     )
 
 
+count = number(int, 1, "a whole number from 1")
+natural = number(int, 0, "a whole number from 0")
+seed = number(int, 0, "a whole number from 0 to 2**32 - 1", 2**32)
+positive = number(float, 0, "a number above 0", include_low=False)
+side = number(int, 1, "a whole number from 1 to 4096", 4097)
+rate = number(float, 0, "a rate in [0, 1)", 1)
+
+# Options of either script: type or choices, help. Default values stand in the scripts.
 OPTIONS = {
-    "path": Option(str, "image file, folder, or name of an image of scikit-image"),
-    "sigma": Option(non_negative, "noise added: standard deviation, 0-255 scale"),
-    "recipe": Option(str, "how it learns: see RECIPES", ("paper", "fast"), "{}".format),
-    "drop_rate": Option(rate, "p of the Bernoulli mask and of the decoder's dropout"),
-    "kernel_size": Option(psf_side, "side of the Gaussian PSF, pixels"),
-    "kernel_sigma": Option(psf_sigma, "standard deviation of the Gaussian PSF, pixels"),
-    "kernel": Option(
-        str, "file of any other PSF: .mat, .npy or an image", label=file_label
-    ),
-    "iteration": Option(positive_int, "training steps", label="{}steps".format),
-    "lr": Option(positive, "learning rate", label="lr{}".format),
-    "optimizer": Option(str, "optimiser", ("adam", "adamw", "muon"), "{}".format),
-    "bs": Option(
-        positive_int,
-        "Bernoulli samples of the observation per step",
-        label="bs{}".format,
-    ),
-    "test_frequency": Option(positive_int, "steps between ensemble predictions"),
-    "num_prediction": Option(
-        positive_int, "predictions averaged", label="num_prediction{}".format
-    ),
-    "seed": Option(
-        seed, "seed of noise, weights, masks and dropout", label="seed{}".format
-    ),
-    "crop": Option(
-        natural,
-        "side of a centre crop, pixels; 0: the whole image",
-        label="crop{}".format,
-    ),
-    "observed": Option(
-        bool, "the image IS the observation: simulate nothing", label="observed".format
-    ),
-    "reference": Option(str, "clean image to score an --observed one against"),
-    "fuse": Option(
-        str,
-        "give back to the ensemble what its residual holds besides noise",
-        ("on", "off"),
-        "fuse_{}".format,
-    ),
-    "noise_sigma": Option(
-        positive,
-        "noise of an --observed image, 0-255 scale; default: estimated",
-        label="noise{}".format,
-    ),
-    "resume": Option(bool, "go on from the checkpoint of an interrupted run"),
-    "device": Option(str, "auto, cpu, cuda, cuda:N or mps"),
-    "model_type": Option(str, "name of the results folder"),
-    "log_path": Option(str, "log file; its CSV and curves stand beside it"),
+    "path": (name, "image file, folder, or name of an image of scikit-image"),
+    "crop": (natural, "side of a centre crop, pixels; 0: the whole image"),
+    "sigma": (number(float, 0, "a number from 0"), "noise added, 0-255 scale"),
+    "observed": (bool, "the image IS the observation: simulate nothing"),
+    "reference": (name, "clean image to score an --observed one against"),
+    "kernel_size": (side, "side of the Gaussian PSF, pixels"),
+    "kernel_sigma": (number(float, 1e-3, "a number from 0.001"), "its width, pixels"),
+    "kernel": (name, "file of any other PSF: .mat, .npy or an image"),
+    "recipe": (tuple(RECIPES), "fast: 1,000 steps; paper: as published, 150,000"),
+    "drop_rate": (rate, "p of the Bernoulli mask and of the decoder's dropout"),
+    "iteration": (count, "training steps"),
+    "lr": (positive, "learning rate"),
+    "optimizer": (("adam", "adamw", "muon"), "optimiser"),
+    "bs": (count, "Bernoulli samples of the observation per step"),
+    "seed": (seed, "of noise, weights, masks and dropout"),
+    "device": (choose_device, "auto, cpu, cuda, cuda:N or mps"),
+    "resume": (bool, "go on from the checkpoint of an interrupted run"),
+    "test_frequency": (count, "steps between ensemble predictions"),
+    "num_prediction": (count, "predictions averaged"),
+    "fuse": (("on", "off"), "give back what the residual holds besides noise"),
+    "noise_sigma": (positive, "noise of an --observed image, for fusing"),
+    "model_type": (folder_name, "name of the results folder"),
+    "log_path": (name, "log file; its CSV and curves stand beside it"),
 }
-
-
-# What a recipe decides, and an explicit flag overrides; the rest stands in the scripts.
-RECIPES = {
-    "paper": {
-        "anneal": False,  # raise the learning rate, then lower it to 0
-        "average": 0,  # the training's predictions do not join the ensemble
-        "ratio": "window",  # partial convolution: full windows scaled by 1/C
-        "start": "default",  # PyTorch's initial weights
-        "beta2": 0.999,  # Adam's
-    },
-    "fast": {
-        "iteration": 1000,
-        "drop_rate": {0: 0.2, 15: 0.3},  # from these sigmas on: see `decided`
-        "optimizer": "muon",
-        "lr": 3e-3,
-        "beta2": 0.9,  # no step is larger than the learning rate
-        "anneal": True,
-        "average": {0: 3, 40: 1},  # they do: that of step t of T with (t / T)**average
-        "ratio": "entries",  # full windows scaled by 1
-        "start": "mean",  # the last bias makes the observation's mean
-        "fuse": "on",
-    },
-}
-
-
-def decided(recipe, sigma=None):
-    """Return what a recipe decides.
-
-    Args:
-        recipe: name of one of RECIPES.
-        sigma: the noise's, 0-255 scale, for what goes by it; None, where it is not
-            known or a blur is there too: as for 25.
-    """
-    level = 25 if sigma is None else sigma
-    return {
-        name: value[max(k for k in value if k <= level)]
-        if type(value) is dict
-        else value
-        for name, value in RECIPES[recipe].items()
-    }
+# What leaves the restored pixels as they are.
+IRRELEVANT = {"path", "reference", "resume", "test_frequency", "device"}
+IRRELEVANT |= {"model_type", "log_path"}
+# What the results folder's name tells in its own way.
+NAMED = {"sigma", "observed", "recipe", "kernel_size", "kernel_sigma", "kernel"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -202,112 +156,60 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse_arguments(description, defaults, argv=None):
-    """Read the command line.
+def parse_arguments(description, defaults, decide, argv=None):
+    """Read the command line: a flag wins over the script's value, that over the recipe's.
 
     Args:
         description: what the script does.
-        defaults: option name -> default value; the names are keys of OPTIONS.
+        defaults: option name -> default value, None: the recipe's; the names are keys
+            of OPTIONS.
+        decide: called with the options' values, returns those that the recipe decides.
         argv: arguments, those of the process where it is None.
 
     Returns:
-        The options' values, `device` as a torch.device. Errors exit with status 2.
+        The options' values, `device` as a torch.device, with the recipe's ingredients
+        that are no options. Errors exit with status 2.
     """
     parser = Parser(description=description, allow_abbrev=False)
-    for name, default in defaults.items():
-        option = OPTIONS[name]
-        if option.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        else:
-            kind = {"type": option.type, "choices": option.choices}
-        text = f"{option.help} (default: {default})"
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
-    # The script's own values pass the same checks as those of the command line.
-    written = [
-        f"--{k}={v}" for k, v in defaults.items() if type(v) in (str, int, float)
-    ]
-    defaults = defaults | vars(parser.parse_args(written))
-    explicit = vars(parser.parse_args(argv))
-    args = argparse.Namespace(**(defaults | explicit))
-    known = None if args.observed or "kernel" in defaults else args.sigma
-    args = argparse.Namespace(**(defaults | decided(args.recipe, known) | explicit))
-    # Without dropped entries, without noise and of one prediction there is nothing to
-    # fuse; where a camera's noise is not white, or a Gaussian blur has taken away for
-    # good what the network misses, it is for the user to say.
-    nothing = not (args.drop_rate and args.sigma and args.num_prediction > 1)
-    gaussian = "kernel" in defaults and not args.kernel
-    if (nothing or args.observed or gaussian) and "fuse" not in explicit:
+    words = []  # the script's values, as flags: they are checked alike
+    for key, default in defaults.items():
+        kind, told = OPTIONS[key]
+        how = {"type": kind}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+            words += [f"--{key}" if default else f"--no-{key}"]
+        elif isinstance(kind, tuple):
+            how = {"choices": kind}
+        if kind is not bool and default is not None:
+            words += [f"--{key}={default}"]
+        shown = "the recipe's" if key in RECIPES["paper"] else default
+        parser.add_argument(f"--{key}", help=f"{told} (default: {shown})", **how)
+    args = parser.parse_args(words + (sys.argv[1:] if argv is None else argv))
+    if args.recipe == "fast" and (args.lr or args.iteration):
+        print("The recipe is fast, but for your flags; --recipe paper is as published.")
+    asked = args.fuse
+    for key, value in decide(args).items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    if not (args.drop_rate and args.num_prediction > 1):
+        if asked == "on":
+            parser.error("--fuse on needs a --drop_rate and several predictions")
         args.fuse = "off"
-    try:
-        args.device = choose_device(args.device)
-        if args.reference and not args.observed:
-            raise InputError("--reference goes with --observed")
-        if args.noise_sigma and not (args.observed and args.fuse == "on"):
-            raise InputError("--noise_sigma goes with --observed and --fuse on")
-        if not args.model_type or Path(args.model_type).name != args.model_type:
-            raise InputError(f"--model_type {args.model_type!r}: no name of a folder")
-        for name, value in vars(args).items():
-            if not is_utf8(value):
-                raise InputError(f"--{name} {value!r}: not UTF-8; rename it")
-            if name in ("kernel", "reference") and value == "":
-                raise InputError(f"--{name} is empty")
-        if not Path(args.log_path).name:
-            raise InputError(f"--log_path {args.log_path!r}: no name of a file")
-        if args.fuse == "on" and not (args.drop_rate and args.num_prediction > 1):
-            raise InputError("--fuse on needs a --drop_rate and several predictions")
-        share()
-    except InputError as error:
-        parser.error(error)
+    if args.reference and not args.observed:
+        parser.error("--reference goes with --observed")
+    if args.noise_sigma and not (args.observed and args.fuse == "on"):
+        parser.error("--noise_sigma goes with --observed and --fuse on")
     return args
 
 
-def share():
-    """Return this process's number and that of all, which torchrun or a person sets."""
-    texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    rank, world = (int(text) if text.isdecimal() else -1 for text in texts)
-    if not 0 <= rank < world:
-        raise InputError(
-            "RANK and WORLD_SIZE: {}, {}; 0, 1 is one process".format(*texts)
-        )
-    return rank, world
-
-
-def learner_settings(args):
-    """Return what network.Self2Self is made with, from the options' values."""
-    names = ("drop_rate", "lr", "optimizer", "bs", "seed", "device")
-    names += ("average", "ratio", "start", "beta2")
-    settings = {name: getattr(args, name) for name in names}
-    return settings | {"anneal": args.iteration if args.anneal else None}
-
-
-def choose_device(name):
-    """Turn auto, cpu, cuda, cuda:N or mps into a torch.device that is there.
-
-    Of several processes on a machine (LOCAL_RANK) each takes a GPU of its own.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d?))?", name):
-        raise InputError(f"unknown device {name!r}: auto, cpu, cuda, cuda:N or mps")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"no device {name!r} on this machine; --device auto finds one")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("no device 'mps' on this machine; --device auto finds one")
-    return device
-
-
-# --- images in and out ---------------------------------------------------------------
+# --- pictures in and out -------------------------------------------------------------
 
 
 class Picture(NamedTuple):
     """An image file's pixels, and what it takes to write their like."""
 
-    name: str  # unique in its folder, so with its suffix
-    folder: str  # name of the folder it lies in; "skimage" for a bundled image
-    image: np.ndarray  # (C, H, W) float32, [0, 1], C = 1 or 3 (R, G, B)
+    image: np.ndarray  # (C, H, W) float32, [0, 1], C = 1 or 3 (R, G, B), cropped
+    whole: str  # the whole image's size and kind
     alpha: np.ndarray | None  # (H, W) in the file's own type and scale
     dtype: np.dtype  # uint8, uint16, float32 or float64
     suffix: str
@@ -317,15 +219,17 @@ class Picture(NamedTuple):
 
         The path's suffix says the format; a PNG of a float picture has 16 bits.
         """
-        dtype = self.dtype
-        if dtype.kind == "f" and Path(path).suffix == ".png":
+        dtype, suffix = self.dtype, Path(path).suffix
+        if dtype.kind == "f" and suffix == ".png":
             dtype = np.dtype(np.uint16)
         pixels = quantise(image, dtype).transpose(1, 2, 0)[..., ::-1]  # OpenCV has BGR
         if self.alpha is not None:
             alpha = self.alpha / peak(self.alpha.dtype)
             color = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
             pixels = np.dstack([color, quantise(alpha, dtype)])
-        write_atomically(path, encode(Path(path).suffix, pixels))
+        best = [cv2.IMWRITE_JPEG_QUALITY, 100] if suffix in (".jpg", ".jpeg") else []
+        data = cv2.imencode(suffix, np.ascontiguousarray(pixels), best)[1]
+        write_atomically(path, data.tobytes())
 
 
 def peak(dtype):
@@ -337,12 +241,6 @@ def quantise(image, dtype):
     """Clip to [0, 1], scale to a type's peak and round."""
     scaled = np.clip(np.asarray(image, np.float64), 0, 1) * peak(dtype)
     return (np.rint(scaled) if np.dtype(dtype).kind == "u" else scaled).astype(dtype)
-
-
-def encode(suffix, pixels):
-    """Encode pixels (H, W, channels in OpenCV's order) in the format of a suffix."""
-    best = [cv2.IMWRITE_JPEG_QUALITY, 100] if suffix in (".jpg", ".jpeg") else []
-    return cv2.imencode(suffix, np.ascontiguousarray(pixels), best)[1].tobytes()
 
 
 def write_atomically(path, data):
@@ -361,6 +259,17 @@ def write_atomically(path, data):
     finally:
         with suppress(OSError):  # none, or the disk has become read-only
             temporary.unlink()
+
+
+def save_mat(path, key, array):
+    """Write a PSF (h, w) or an image (C, H, W) as a MATLAB file that repeats.
+
+    The time of day in its header is left out.
+    """
+    array = array.transpose(1, 2, 0).squeeze() if array.ndim == 3 else array
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, {key: array})
+    write_atomically(path, b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:])
 
 
 @contextmanager
@@ -384,108 +293,100 @@ def is_utf8(path):
 
 def decode(path):
     """Read a PNG, JPEG or TIFF file's pixels as OpenCV has them: (H, W) or BGR(A)."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
     if not is_utf8(path):
         raise InputError(f"{path}: a file name that is not UTF-8; rename it")
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    pixels = None
-    if data.size:
-        # A camera's JPEG may be stored turned; other formats keep alpha and palette.
-        jpeg = data[:2].tobytes() == b"\xff\xd8"
-        turned = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
-        with silent_decoder():
-            try:
-                pages = cv2.imcount(str(path))
-                pixels = cv2.imdecode(data, turned if jpeg else cv2.IMREAD_UNCHANGED)
-            except cv2.error as error:
-                if "CV_IO_MAX_IMAGE" in str(error):
-                    raise InputError(
-                        f"{path}: over 33 million pixels; cut a part out of it"
-                    ) from None
+    data, pixels = np.fromfile(path, np.uint8), None
+    # A camera's JPEG may be stored turned; other formats keep alpha and palette.
+    turned = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
+    jpeg = data[:2].tobytes() == b"\xff\xd8"
+    with silent_decoder():
+        try:
+            pages = cv2.imcount(str(path))
+            pixels = cv2.imdecode(data, turned if jpeg else cv2.IMREAD_UNCHANGED)
+        except cv2.error as error:  # of an empty file, too
+            if "CV_IO_MAX_IMAGE" in str(error):
+                raise InputError(
+                    f"{path}: over 33 million pixels; cut a part out of it"
+                ) from None
     if pixels is None:
-        what = (
-            "is damaged, or not a PNG, JPEG or TIFF image" if data.size else "is empty"
-        )
-        raise InputError(f"{path} {what}")
+        raise InputError(f"{path} is damaged, or not a PNG, JPEG or TIFF image")
     if pages > 1:
         raise InputError(f"{path}: {pages} pages; save the one to restore by itself")
     return pixels
 
 
-def read_picture(path, crop=0, folder=None):
+def read_picture(path, crop=0):
     """Read an image file.
 
     Args:
         path: a PNG, JPEG or TIFF file: gray or colour, 8 or 16 bits or float in [0, 1].
         crop: side of the centre crop, pixels; 0 = whole.
-        folder: the folder's name in the results, where it is not the file's own.
 
     Raises:
-        InputError: it cannot be restored; the text says why.
+        InputError, OSError: it cannot be restored; the text says why.
     """
     path = Path(path)
     pixels = decode(path)
-    if pixels.dtype not in (np.uint8, np.uint16, np.float32, np.float64):
-        raise InputError(f"{path}: {pixels.dtype} pixels; convert it to 8 or 16 bits")
     pixels = pixels.reshape(*pixels.shape[:2], -1)
-    if path.suffix.lower() in (".jpg", ".jpeg") and (
-        pixels.dtype != np.uint8 or pixels.shape[2] == 4
-    ):
-        raise InputError(f"{path}: no JPEG, whatever its name says; rename it")
-    height, width, channels = pixels.shape
+    height, width = pixels.shape[:2]
     if crop:
         top, left = max(0, height - crop) // 2, max(0, width - crop) // 2
         pixels = pixels[top : top + crop, left : left + crop]
-    height, width, channels = pixels.shape
-    if channels not in (1, 3, 4):
-        raise InputError(f"{path}: {channels} channels; gray or colour is needed")
-    if min(height, width) < SMALLEST_SIDE:
-        raise InputError(
-            f"{path}: {width}x{height} pixels; a side needs {SMALLEST_SIDE} or more"
-        )
-    color, alpha = pixels[..., :3], pixels[..., 3] if channels == 4 else None
-    if not np.isfinite(pixels).all():
-        raise InputError(f"{path}: it holds NaN or infinite pixels")
-    if pixels.dtype.kind == "f" and abs(color).max() > 2:
-        raise InputError(
-            f"{path}: float pixels up to {abs(color).max():g}; scale them to [0, 1]"
-        )
+    reason = unusable(pixels, path.suffix.lower() in (".jpg", ".jpeg"))
+    if reason:
+        raise InputError(f"{path}: {reason}")
+    color, alpha = pixels[..., :3], pixels[..., 3] if pixels.shape[2] == 4 else None
     if alpha is not None and (color == color[..., :1]).all():
         color = color[..., :1]  # gray with alpha comes as four channels
     image = color[..., ::-1].transpose(2, 0, 1)
     image = np.divide(image, peak(pixels.dtype), dtype=np.float32, order="C")
-    return Picture(
-        *reversed(picture_name(path, folder)),
-        image,
-        alpha,
-        pixels.dtype,
-        path.suffix.lower(),
-    )
+    whole = describe(len(image), height, width)
+    return Picture(image, whole, alpha, pixels.dtype, path.suffix.lower())
 
 
-def picture_name(path, folder):
+def unusable(pixels, jpeg):
+    """Say why pixels (H, W, channels) cannot be restored; None where they can.
+
+    Args:
+        pixels: as OpenCV has them.
+        jpeg: whether the file's name says that it is a JPEG.
+    """
+    height, width, channels = pixels.shape
+    if pixels.dtype not in (np.uint8, np.uint16, np.float32, np.float64):
+        return f"{pixels.dtype} pixels; convert it to 8 or 16 bits"
+    if jpeg and (pixels.dtype != np.uint8 or channels == 4):
+        return "no JPEG, whatever its name says; rename it"
+    if channels not in (1, 3, 4):
+        return f"{channels} channels; gray or colour is needed"
+    if min(height, width) < SMALLEST_SIDE:
+        return f"{width}x{height} pixels; a side needs {SMALLEST_SIDE} or more"
+    if not np.isfinite(pixels).all():
+        return "it holds NaN or infinite pixels"
+    largest = abs(pixels[..., :3]).max()
+    if pixels.dtype.kind == "f" and largest > 2:
+        return f"float pixels up to {largest:g}; scale them to [0, 1]"
+    return None
+
+
+def describe(channels, height, width):
+    """Say an image's size and kind."""
+    return f"{width}x{height} {'gray' if channels == 1 else 'colour'}"
+
+
+def result_names(path):
     """Return the names of an image's folder and of the image, in the results."""
-    if folder is not None:  # a bundled image
-        return folder, path.stem
+    if path.parent == Path(skimage.data.data_dir):
+        return "skimage", path.stem
     return path.parent.resolve().name or "root", path.name
 
 
 def find_images(path):
     """List the image files that --path means.
 
-    Returns:
-        A list of (file, name of its folder in the results, or None for its own).
-
     Raises:
-        InputError: there are none.
+        InputError, OSError: there are none.
     """
-    if not path:
-        raise InputError("--path is empty")
-    given = Path(path)
+    given, bundled = Path(path), Path(skimage.data.data_dir)
     if given.is_dir():
         files = sorted(f for f in given.iterdir() if not f.name.startswith("."))
         images = [f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()]
@@ -493,25 +394,21 @@ def find_images(path):
             print(f"{file}: skipped, no PNG, JPEG or TIFF image")
         if not images:
             raise InputError(f"{path}: no PNG, JPEG or TIFF image in this folder")
-        return [(file, None) for file in images]
+        return images
     if given.exists():
         if given.suffix.lower() not in SUFFIXES:
             raise InputError(f"{path}: not a PNG, JPEG or TIFF file by its name")
-        return [(given, None)]
-    bundled = {
-        f.stem: f
-        for f in Path(skimage.data.data_dir).iterdir()
-        if f.suffix.lower() in SUFFIXES
-    }
-    if path in bundled:
-        return [(bundled[path], "skimage")]
+        return [given]
+    named = {f.stem: f for f in sorted(bundled.iterdir()) if f.suffix in SUFFIXES}
+    if path in named:
+        return [named[path]]
     raise InputError(
         f"{path}: no such file or folder, nor an image of scikit-image "
-        f"({', '.join(sorted(bundled))})"
+        f"({', '.join(named)})"
     )
 
 
-# --- observation and metrics ---------------------------------------------------------
+# --- noise and scores ----------------------------------------------------------------
 
 
 def gaussian_noise(shape, sigma, seed):
@@ -526,221 +423,124 @@ def gaussian_noise(shape, sigma, seed):
     return (draws * (sigma / 255)).astype(np.float32)
 
 
-def estimate_sigma(observation):
-    """Estimate the standard deviation of white noise, on the 0-255 scale.
-
-    From the median size of a detail that planes do not have (Immerkaer 1996, made
-    robust), where few entries around are 0 or 1: a camera clips noise there. Perfectly
-    flat places, a frame's, do not count. Texture adds to it.
-
-    Args:
-        observation: (C, H, W), [0, 1] scale.
-
-    Raises:
-        InputError: nothing is left to estimate it from.
-    """
-    detail = np.array([1, -2, 1]) / math.sqrt(6)
-    size = observation.astype(np.float64)
-    for axis in (1, 2):
-        size = scipy.ndimage.correlate1d(size, detail, axis)
-    size = np.abs(size)
-    inside = ((observation > 0) & (observation < 1)).astype(np.float64)
-    around = scipy.ndimage.uniform_filter(inside, (0, 9, 9))
-    varied = size > 1e-9
-    few = np.quantile(around[varied], 0.75) - 0.05 if varied.any() else 0
-    size = size[varied & (around >= few)]
-    if not size.size:
-        raise InputError("no noise is found in this image; --noise_sigma names it")
-    return float(255 * np.median(size) / 0.67449)
-
-
 def score(image, clean):
     """PSNR in dB (peak 1) and SSIM (Wang et al. 2004) of the clipped image (C, H, W)."""
     image = np.clip(image, 0, 1).astype(np.float64)
     clean = clean.astype(np.float64)
     with np.errstate(divide="ignore"):
         psnr = peak_signal_noise_ratio(clean, image, data_range=1)
-    ssim = structural_similarity(
-        clean,
-        image,
-        data_range=1,
-        channel_axis=0,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-    )
+    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    ssim = structural_similarity(clean, image, data_range=1, channel_axis=0, **wang)
     return float(psnr), float(ssim)
 
 
-def save_mat(path, **arrays):
-    """Write a MATLAB file without the time of day in its header, so that it repeats."""
-    buffer = io.BytesIO()
-    scipy.io.savemat(buffer, arrays)
-    data = buffer.getvalue()
-    write_atomically(path, b"MATLAB 5.0 MAT-file".ljust(116) + data[116:])
+# --- one image -----------------------------------------------------------------------
+
+OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "checkpoint*.pt"]
+OWN_FILES += ["error.mat", "Self2Self-*.png", "restored.*", "comparison.png"]
+COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr", "seconds")
+CHECKPOINT_FORMAT = 2
 
 
-# --- results and log -----------------------------------------------------------------
+class Result:
+    """One image: its picture, its scores, and the files in its results folder.
 
-OWN_FILES = (
-    *("noisy.png", "noise.mat", "blurred.png", "kernel.mat", "error.mat"),
-    *("Self2Self-*.png", "restored.*", "comparison.png"),
-    *("record.json", "checkpoint*.pt"),
-)
-CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
-
-
-def results_folder(run, folder, name):
-    """Say where the results of an image go."""
-    return Path("images", folder, name, run.args.model_type, run.settings_name)
-
-
-class Record:
-    """One image of a run: its observation, its results folder, its rows of the log.
-
-    `image` is the picture (C, H, W) that stands at --path, `observation` what is learnt
-    from, `clean` what it is scored against, None where there is nothing.
+    Args:
+        path: the image file.
+        folder: where its results go.
+        args: the options' values.
+        settings: those of them that decide the restored pixels.
     """
 
-    def __init__(self, run, file, folder):
-        self.run, self.args, self.file, self.failed = run, run.args, file, False
-        self.picture = read_picture(file, self.args.crop, folder)
-        self.image, self.size = self.picture.image, describe(self.picture.image)
+    def __init__(self, path, folder, args, settings):
+        self.path, self.folder, self.args, self.settings = path, folder, args, settings
+        self.name, self.size = "/".join(result_names(path)), "its size"
+        self.rows, self.notes, self.seconds, self.saved_step = [], [], 0.0, None
+        self.begun = False
+        self.changed = False  # since the log was written
+        self.restored = None  # of the last test
+
+    def read(self):
+        """Read the picture; return its pixels, (C, H, W), [0, 1].
+
+        They, or those of --reference, are what results are scored against; an
+        --observed image without a reference is not scored.
+        """
+        self.picture = read_picture(self.path, self.args.crop)
+        self.size = describe(*self.picture.image.shape)
+        self.clean = None if self.args.observed else self.picture.image
         if self.args.reference:
-            clean, image = (read_picture(f).image for f in (self.args.reference, file))
-            if clean.shape != image.shape:
+            reference = read_picture(self.args.reference, self.args.crop)
+            if reference.whole != self.picture.whole:
                 raise InputError(
-                    f"{self.args.reference}: {describe(clean)}, but {file} is "
-                    f"{describe(image)}"
+                    f"{self.args.reference}: {reference.whole}, but {self.path} is "
+                    f"{self.picture.whole}"
                 )
-            self.clean = read_picture(self.args.reference, self.args.crop).image
-        else:
-            self.clean = None if self.args.observed else self.image
-        self.name = f"{self.picture.folder}/{self.picture.name}"
-        self.folder = results_folder(run, self.picture.folder, self.picture.name)
-        self.rows, self.notes, self.seconds = [], [], 0.0
-        self.latest = self.restored = None  # of the last test; of one seen to be alive
+            self.clean = reference.image
+        return self.picture.image
 
-    def observe(self, observation, **parts):
-        """Take the observation, and write it with what it was made of.
+    def begin(self, learner, observation, kernel=None, **simulated):
+        """Make the folder ready, and write the observation and what it was made of.
+
+        Earlier results of the same picture and settings are replaced, others set aside.
+        With --resume the learner goes on from the checkpoint, where there is one.
 
         Args:
+            learner: the network.Self2Self that has begun on the observation.
             observation: y, (C, H, W), [0, 1] scale, not clipped.
-            parts: noise (C, H, W), blurred (C, H, W) and kernel (h, w), where known.
+            kernel: the PSF (h, w), or None.
+            simulated: noise and blurred, (C, H, W), that an --observed image has not.
 
-        For fusing, `sigma` is then its noise's standard deviation on the 0-255
-        scale: simulated, given or estimated.
+        Then `sigma` is the noise's, for fusing: simulated, given or estimated.
         """
-        self.observation = observation
-        self.observed = None if self.clean is None else score(observation, self.clean)
+        self.observation, fuse = observation, self.args.fuse == "on"
         self.sigma = self.args.noise_sigma or self.args.sigma
-        if self.args.observed and self.args.fuse == "on" and not self.args.noise_sigma:
+        if self.args.observed and fuse and not self.args.noise_sigma:
             self.sigma = estimate_sigma(observation)
-        saved = self._load() if self.args.resume else None
-        if saved is None:
-            self._clear()
-        else:
-            self.rows, self.notes = list(map(tuple, saved["rows"])), saved["notes"]
-            step, tested = saved["step"], self.rows[-1][0] if self.rows else 0
-            if step > self.args.iteration and step != tested:
+            if self.sigma is None:
                 raise InputError(
-                    f"{self.name}: the checkpoint is of step {step} already, between "
-                    "two tests; a larger --iteration goes on from it"
+                    f"{self.path}: no noise is found; --noise_sigma names it"
                 )
-            self.seconds, self.latest = saved["seconds"], saved["restored"].numpy()
-            self.restored = self.latest
-        self.saved = saved
+        self.scores = None if self.clean is None else score(observation, self.clean)
+        self.heading = f"{self.name}: {self.size}"
+        if self.scores:
+            self.heading += f", observation {self.scores[0]:.3f} dB"
+        self.heading += f", noise sigma {self.sigma:.4g}" * fuse
+        sums = {
+            key: None if array is None else hashlib.sha256(array.tobytes()).hexdigest()
+            for key, array in (
+                ("image or noise", observation),
+                ("reference", self.clean),
+            )
+        }
+        self.made_from = self.settings | sums | {"device": self.args.device.type}
+        if not (self.args.resume and self._load_checkpoint(learner)):
+            self._make_room()
         self._write_record()
+        self.begun = self.changed = True
         self.picture.save(self.folder / "noisy.png", observation)
-        if "blurred" in parts:
-            self.picture.save(self.folder / "blurred.png", parts["blurred"])
-        for key in parts.keys() & {"noise", "kernel"}:
-            self._save_mat(key, parts[key])
-        self.run.begin(self)
-
-    def steps(self, learner):
-        """Count the training steps from 1, with a progress bar; then write the results.
-
-        Args:
-            learner: the network.Self2Self that the loop trains.
-        """
-        step = 0
-        if self.saved is not None:
-            learner.load_state_dict(self.saved["learner"])
-            step = self.saved["step"]
-            self.saved = None  # as large as the network and its optimiser
-            if step >= self.args.iteration:
-                tqdm.write(f"{self.name}: finished already, at step {step}")
-                self._finish(step)
-                return
-            tqdm.write(f"{self.name}: going on from step {step}")
-        begun, started = step, time.perf_counter() - self.seconds
-        saved = time.perf_counter()
-        first = LOSS_EVERY if self.args.device.type == "cuda" else 10
-        first = min(first, max(2, self.args.test_frequency - 1))  # tests take longer
-        bar = tqdm(
-            total=self.args.iteration,
-            desc=self.name,
-            unit="step",
-            initial=step,
-            position=self.run.rank,
-            disable=None,  # where stderr is a file, which it would fill
-        )
-        with bar:
-            while step < self.args.iteration:
-                step += 1
-                yield step
-                bar.update()
-                self.seconds = time.perf_counter() - started
-                if step == begun + 1:
-                    warm = time.perf_counter()
-                elif step == begun + first:
-                    learner.recent_loss()  # waits for the device
-                    self._announce((time.perf_counter() - warm) / (first - 1))
-                if step % LOSS_EVERY == 0 or self.is_test(step):
-                    if step >= LOSS_EVERY and not learner.alive():
-                        self._restart(learner, step)
-                        step = begun = 0
-                        bar.reset()
-                        continue
-                    self.restored = self.latest
-                    psnr = f", {self.rows[-1][2]:.2f} dB" if self._scored() else ""
-                    bar.set_postfix_str(f"loss {learner.recent_loss():.5f}{psnr}")
-                late = time.perf_counter() - saved > SAVE_EVERY
-                if late or self.run.stopped or self.is_test(step):
-                    self._save(learner, step)
-                    saved = time.perf_counter()
-                if self.run.stopped:
-                    raise Stopped(f"{self.name}: stopped at step {step}")
-        self._finish(step)
-
-    def _restart(self, learner, step):
-        """Start a network that died over, if it may be worth it."""
-        told = f"{self.name}: the network died (constant or non-finite output) by step {step}"
-        (self.folder / "error.mat").unlink(missing_ok=True)  # of the dead one
-        good = [row for row in self.rows if LOSS_EVERY <= row[0] < step]
-        if step > EARLY and good:
-            self.rows = good
-            self._write_results()
-            self._write_record()
-            raise TrainingError(f"{told}; the result of step {good[-1][0]} is kept")
-        if learner.attempt == ATTEMPTS:
-            raise TrainingError(f"{told}; a lower --lr than {self.args.lr:g} cures it")
-        learner.begin_again()
-        self.rows.clear()
-        self.restored = self.latest = None
-        for file in self.folder.glob("Self2Self-*.png"):
-            file.unlink()
-        note = f"{told}: started over at the mean, learning rate {learner.lr:g}"
-        self.notes.append(note)
-        tqdm.write(note)
+        if kernel is not None:
+            save_mat(self.folder / "kernel.mat", "kernel", kernel)
+        if not self.args.observed:
+            save_mat(self.folder / "noise.mat", "noise", simulated["noise"])
+        if not self.args.observed and "blurred" in simulated:
+            self.picture.save(self.folder / "blurred.png", simulated["blurred"])
+        self._announce(learner)
+        self.saved_at = time.perf_counter()
+        self.started = self.saved_at - self.seconds
 
     def is_test(self, step):
         """Tell whether the ensemble is to be predicted after this step."""
-        return step % self.args.test_frequency == 0 or step == self.args.iteration
+        every = self.args.test_frequency
+        return step > 0 and (step % every == 0 or step == self.args.iteration)
+
+    def is_due(self, step):
+        """Tell whether a checkpoint is to be saved after this step."""
+        late = time.perf_counter() - self.saved_at > SAVE_EVERY
+        return late or self.is_test(step)
 
     def add(self, step, loss, ensemble, fused=None, error=None):
-        """Log a test and save its picture.
+        """Take a test into the log, and save its picture.
 
         Args:
             step: training steps done.
@@ -749,425 +549,135 @@ class Record:
             fused: that, fused with the observation, which then is the result.
             error: the fused one's predicted squared error, (C, H, W).
         """
-        restored = ensemble if fused is None else fused
-        if not np.isfinite(restored).all():
-            return  # dead, which `steps` will see
+        self.restored = ensemble if fused is None else fused
         psnr = ssim = plain = None
         if self.clean is not None:
-            psnr, ssim = score(restored, self.clean)
+            psnr, ssim = score(self.restored, self.clean)
             plain = psnr if fused is None else score(ensemble, self.clean)[0]
-        self.rows.append((step, loss, psnr, ssim, plain, self.seconds))
-        self.latest = restored
+        seconds = time.perf_counter() - self.started
+        self.rows.append((step, loss, psnr, ssim, plain, seconds))
+        self.changed = True
         if error is not None:
-            self._save_mat("error", error)
-        self.picture.save(self.folder / f"Self2Self-{step}.png", restored)
+            save_mat(self.folder / "error.mat", "error", error)
+        self.picture.save(self.folder / f"Self2Self-{step}.png", self.restored)
         self._write_record()
-        self.run.write_log()
         tqdm.write(f"{self.name}: {row_text(self.rows[-1])}")
 
-    def _save_mat(self, key, array):
-        """Write a PSF (h, w) or an image (C, H, W) as <key>.mat."""
-        if array.ndim == 3:
-            array = array.transpose(1, 2, 0).squeeze()
-        save_mat(self.folder / f"{key}.mat", **{key: array})
+    def start_over(self, note):
+        """Drop the tests of a network that has died, and note what happened."""
+        self.rows.clear()
+        for file in (*self.folder.glob("Self2Self-*.png"), self.folder / "error.mat"):
+            file.unlink(missing_ok=True)
+        self.notes.append(note)
+        self.changed = True
+        tqdm.write(f"{self.name}: {note}")
 
-    def heading(self):
-        """Name the image, its size and what its observation scores."""
-        text = f"{self.name}: {self.size}"
-        if self.observed:
-            text += f", observation {self.observed[0]:.3f} dB, {self.observed[1]:.4f}"
-        if self.args.fuse == "on":
-            text += f", noise sigma {self.sigma:.4g}"
-        return text
+    def finish(self, failed=None):
+        """Write the restored image of the last test, and the comparison.
+
+        Args:
+            failed: why there is no more to come, where that is so.
+        """
+        if not failed and (not self.rows or self.rows[-1][0] < self.args.iteration):
+            raise FloatingPointError("the output is not finite; lower --lr")
+        self.notes += [f"failed: {failed}"] if failed else []
+        self.changed = True
+        if self.rows:
+            path = self.folder / f"restored{self.picture.suffix}"
+            self.picture.save(path, self.restored)
+            panels = [("observation", self.observation, self.scores)]
+            panels += [("restored", self.restored, self.rows[-1][2:4])]
+            panels += [] if self.clean is None else [("clean", self.clean, None)]
+            write_atomically(self.folder / "comparison.png", comparison(panels))
+            self._write_record(finished=not failed)
+            print(path)
 
     def release(self):
         """Let go of the pixels, once the image is done: the log needs none."""
-        self.picture = self.image = self.clean = self.observation = None
-        self.latest = self.restored = self.saved = None
+        self.picture = self.clean = self.observation = self.restored = None
 
-    def _scored(self):
-        return self.rows and self.rows[-1][2] is not None
-
-    def _made_from(self):
-        """Say, by name, all that a checkpoint depends on."""
-        parts = {"image or noise": self.observation, "reference": self.clean}
-        parts = {
-            name: None
-            if pixels is None
-            else hashlib.sha256(pixels.tobytes()).hexdigest()
-            for name, pixels in parts.items()
-        }
-        return self.run.identity | parts | {"device": self.args.device.type}
-
-    def _save(self, learner, step):
-        """Write a checkpoint; the one before is kept until this one is whole."""
-        restored = np.zeros(0) if self.restored is None else self.restored
+    def save_checkpoint(self, learner):
+        """Save all that the coming steps and the results depend on."""
+        state = {"format": CHECKPOINT_FORMAT, "made_from": self.made_from}
+        state |= {"rows": self.rows, "notes": self.notes}
+        state |= {"seconds": time.perf_counter() - self.started}
+        state |= {"restored": torch.from_numpy(self.restored) if self.rows else None}
         buffer = io.BytesIO()
-        torch.save(
-            {
-                "made_from": self._made_from(),
-                "step": step,
-                "rows": self.rows,
-                "notes": self.notes,
-                "seconds": self.seconds,
-                "restored": torch.from_numpy(restored),
-                "learner": learner.state_dict(),
-            },
-            buffer,
-        )
-        newest, previous = (self.folder / name for name in CHECKPOINTS)
-        if newest.exists():
-            os.replace(newest, previous)
-        write_atomically(newest, buffer.getvalue())
+        torch.save(state | {"learner": learner.state_dict()}, buffer)
+        write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())
+        self.saved_step, self.saved_at = learner.step, time.perf_counter()
 
-    def _load(self):
-        """Return the newest checkpoint that is whole, or None where there is none."""
-        for path in (self.folder / name for name in CHECKPOINTS):
-            if not path.exists():
-                continue
-            try:
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-                before = saved["made_from"]
-            except Exception:  # noqa: BLE001 - a damaged file fails in many ways
-                tqdm.write(f"{path}: damaged, or no checkpoint; left aside")
-                continue
-            now = self._made_from()
-            other = [key for key in now if key not in before or before[key] != now[key]]
-            if other:
-                raise InputError(
-                    f"{path}: the checkpoint is of another {', another '.join(other)}; "
-                    "without --resume the run starts over"
-                )
-            return saved
-        return None
-
-    def _announce(self, seconds_per_step):
-        """Say how long the image will take."""
-        total = seconds_per_step * self.args.iteration
-        tests = math.ceil(self.args.iteration / self.args.test_frequency)
-        total += tests * self.args.num_prediction * seconds_per_step / 3
-        tqdm.write(
-            f"{self.name}: {seconds_per_step:.3g} s a step, about {duration(total)} in all"
-        )
-        if total > 3600 and self.args.device.type == "cpu":
-            tqdm.write(
-                "That is long, on a CPU. Shorter: --recipe fast, --iteration 2000, "
-                "--crop 128, a rarer --test_frequency; or a GPU."
-            )
-
-    def _identity(self):
-        """Say what decides the results: the picture's pixels and the settings."""
-        pixels = hashlib.sha256(self.image.tobytes()).hexdigest()
-        return {"image": f"{self.name} {pixels}", "settings": self.run.identity}
-
-    def _clear(self):
-        """Make room: remove earlier results of the same, set others aside."""
+    def _load_checkpoint(self, learner):
+        """Go on from the checkpoint; tell whether there is one."""
+        path, other = self.folder / "checkpoint.pt", None
+        if not path.exists():
+            return False
         try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved.get("format") != CHECKPOINT_FORMAT:
+                other = "version of this program"
+            else:
+                was, now = saved["made_from"], self.made_from
+                changed = [
+                    k for k in was.keys() | now.keys() if was.get(k) != now.get(k)
+                ]
+                other = ", another ".join(sorted(changed))
+        except Exception:  # noqa: BLE001 - a damaged file fails in many ways
+            raise InputError(f"{path}: damaged; move it away to start over") from None
+        if other:
+            raise InputError(
+                f"{path}: the checkpoint is of another {other}; without --resume the "
+                "run starts over"
+            )
+        step, self.rows = saved["learner"]["step"], list(map(tuple, saved["rows"]))
+        if step > self.args.iteration and (not self.rows or step != self.rows[-1][0]):
+            raise InputError(
+                f"{self.name}: the checkpoint is of step {step} already, between "
+                "two tests; a larger --iteration goes on from it"
+            )
+        learner.load_state_dict(saved["learner"])
+        self.notes, self.seconds, self.saved_step = (
+            saved["notes"],
+            saved["seconds"],
+            step,
+        )
+        self.restored = saved["restored"].numpy() if self.rows else None
+        return True
+
+    def _announce(self, learner):
+        """Name the image; say how long it will take: a step is about 3 predictions."""
+        tqdm.write(self.heading)
+        steps = self.args.iteration - learner.step
+        if self.saved_step is not None:
+            done = "going on from" if steps > 0 else "finished already, at"
+            tqdm.write(f"{self.name}: {done} step {learner.step}")
+        if steps > 0:
+            learner.predict(1)  # the first may be slow
+            started = time.perf_counter()
+            learner.predict(1)
+            seconds = time.perf_counter() - started
+            tests = math.ceil(steps / self.args.test_frequency)
+            seconds *= 3 * steps * self.args.bs + tests * self.args.num_prediction
+            tqdm.write(f"{self.name}: {steps} steps take about {duration(seconds)}")
+
+    def _make_room(self):
+        """Remove earlier results of the same, set others aside."""
+        with suppress(OSError, ValueError, AttributeError):  # none, or not ours
             earlier = json.loads((self.folder / "record.json").read_text())
-        except (OSError, ValueError):
-            earlier = None
-        if isinstance(earlier, dict):
-            if all(earlier.get(k) == v for k, v in self._identity().items()):
+            if earlier.get("made_from") == self.made_from:
                 tqdm.write(f"{self.folder}: replacing the earlier results")
             else:
-                set_aside(self.folder)  # results of another picture or other settings
-        for pattern in OWN_FILES:
-            for file in self.folder.glob(pattern):
-                file.unlink()
+                set_aside(self.folder)
+        for file in itertools.chain.from_iterable(map(self.folder.glob, OWN_FILES)):
+            file.unlink()
 
     def _write_record(self, finished=False):
         """Write what is known of this image as JSON."""
-        record = {
-            "name": self.name,
-            "size": self.size,
-            "finished": finished,
-            **self._identity(),
-            "iteration": self.args.iteration,
-            "device": str(self.args.device),
-            "observation": self.observed,
-            "columns": COLUMNS[1:],
-            "rows": self.rows,
-        }
+        record = {"name": self.name, "size": self.size, "finished": finished}
+        record |= {"made_from": self.made_from, "iteration": self.args.iteration}
+        record |= {"observation": self.scores, "columns": COLUMNS, "rows": self.rows}
         data = json.dumps(record, indent=1).encode()
         write_atomically(self.folder / "record.json", data)
-
-    def _finish(self, step):
-        """Write the restored image of the last step, and the comparison."""
-        if not self.rows or self.rows[-1][0] != step:
-            raise TrainingError(f"{self.name}: the output is not finite; lower --lr")
-        self._write_results()
-        self._write_record(finished=True)
-        self.run.write_log(curves=True)
-
-    def _write_results(self):
-        path = self.folder / f"restored{self.picture.suffix}"
-        self.picture.save(path, self.restored)
-        panels = [("observation", self.observation, self.observed)]
-        panels += [("restored", self.restored, self.rows[-1][2:4])]
-        if self.clean is not None:
-            panels += [("clean", self.clean, None)]
-        write_atomically(self.folder / "comparison.png", encode(".png", strip(panels)))
-        print(f"{path}")
-
-
-SUMMARY = ("image", "size", "observation_psnr", "psnr", "ssim", "steps", "seconds")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-COLUMNS = ("image", "step", "loss", "psnr", "ssim", "ensemble_psnr", "seconds")
-
-
-class Run:
-    """All images of one call of a script.
-
-    Args:
-        args: the options' values.
-        defaults: the script's default values.
-        named: options whose values always stand in the results folder's name, in order.
-    """
-
-    def __init__(self, args, defaults, named):
-        self.args = args
-        values, usual = vars(args), defaults | RECIPES[args.recipe]
-        deciding = [k for k in OPTIONS if k in defaults and OPTIONS[k].label]
-        deciding.remove("iteration")
-        labels = [
-            OPTIONS[k].label(values[k])
-            for k in deciding
-            if values[k] != (defaults if k == "recipe" else usual)[k]
-        ]
-        if args.anneal:  # another number of steps is another schedule
-            labels.append(OPTIONS["iteration"].label(args.iteration))
-            deciding.append("iteration")
-        self.settings_name = "_".join([*(str(values[k]) for k in named), *labels])
-        self.identity = {k: values[k] for k in (*named, *deciding, *RECIPES["paper"])}
-        self.records, self.failed = [], []
-        self.rank, self.world = share()
-        self.log = Path(args.log_path)
-        stem = self.log.name.removesuffix(".txt")
-        self.totals = self.log.with_name(f"{stem}-summary.csv")
-        self.ends = [
-            self.log.with_name(f"{stem}.rank{r}.done") for r in range(self.world)
-        ]
-        if self.world > 1:  # no two processes write the same file
-            stem += f".rank{self.rank}"
-            self.log = self.log.with_name(stem + self.log.suffix)
-        self.csv, self.curves = (self.log.with_name(stem + e) for e in (".csv", ".png"))
-        self.started, self.stopped = False, None
-
-    def restore(self, restore):
-        """Restore every image of --path; return the process's exit status.
-
-        Args:
-            restore: called with the Record of one image.
-        """
-        try:
-            files = find_images(self.args.path)
-            if len(files) > 1 and self.args.reference:
-                raise InputError("--reference goes with one image, not with a folder")
-            check_writable("images")
-            check_writable(self.log.parent)
-            self._check_log([file for file, _ in files])
-            self._check_results(files)
-        except InputError as error:
-            return fail(error)
-        except OSError as error:
-            return fail(f"{self.args.path}: {error.strerror}")
-        self.files = files
-        files = files[self.rank :: self.world]
-        files = [f for f in files if len(self.files) == 1 or self._readable(*f)]
-        handlers = {s: signal.signal(s, self._stop) for s in SIGNALS}
-        try:
-            return self._restore_each(files, restore)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    def _stop(self, number, _):
-        """Stop after the step, the first time; at once, the second."""
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = number
-
-    def _restore_each(self, files, restore):
-        for file, folder in files:
-            if self.records:
-                self.records[-1].release()
-            try:
-                restore(Record(self, file, folder))
-            except (InputError, TrainingError) as error:
-                told = str(error)
-            except OSError as error:
-                told = f"{error.filename or file}: {error.strerror or error}"
-            except (MemoryError, RuntimeError) as error:
-                known = MemoryError, torch.OutOfMemoryError
-                if not isinstance(error, known) and "t allocate" not in str(error):
-                    raise
-                size = self.records[-1].size if self.records else "its size"
-                told = f"{file}: out of memory at {size}; a --crop, a smaller --bs,"
-                told += " --fuse off or --device cpu needs less"
-            except Stopped as stop:
-                command = shlex.join([*sys.argv, "--resume"])
-                fail(f"{stop}; go on with: python {command}")
-                return 128 + self.stopped
-            except KeyboardInterrupt:
-                fail(f"{file}: interrupted; --resume goes on from the last checkpoint")
-                return 130
-            else:
-                continue
-            fail(told)
-            self.failed.append(file)
-            if self.records and self.records[-1].file == file:
-                self.records[-1].failed = True
-                self.records[-1].notes.append(f"failed: {told}")
-                with suppress(OSError):  # which is what failed
-                    self.write_log(curves=True)
-        if self.failed and len(self.files) > 1:
-            names = ", ".join(map(str, self.failed))
-            fail(f"{len(self.failed)} of {len(self.files)} images failed: {names}")
-        try:
-            return self._finish()
-        except OSError as error:
-            fail(f"{error.filename}: {error.strerror}")
-            return 1
-
-    def _finish(self):
-        """Write and print the totals; return the exit status.
-
-        Of several processes the last one does, and answers for all: torchrun would end
-        the others at once when one has failed.
-        """
-        status = (1 if self.started else 2) if self.failed else 0
-        if self.world > 1:
-            write_atomically(self.ends[self.rank], b"failed" if self.failed else b"")
-            if not all(end.exists() for end in self.ends):
-                return 0
-            status = int(any(end.read_bytes() for end in self.ends))
-        table = []
-        for file, folder in self.files:
-            path = results_folder(self, *picture_name(file, folder)) / "record.json"
-            with suppress(OSError, ValueError, KeyError):  # none, or not ours
-                record = json.loads(path.read_text())
-                if record["finished"]:
-                    step, _, psnr, ssim, _, seconds = record["rows"][-1]
-                    before = (record["observation"] or [None])[0]
-                    scores = record["size"], before, psnr, ssim, step, round(seconds, 1)
-                    table.append((record["name"], *scores))
-        if not table:
-            return status
-        scored = [row[2:5] for row in table if row[3] is not None]
-        means = np.mean(scored, 0).tolist() if scored else [None] * 3
-        count = f"{len(table)} image{'s' * (len(table) != 1)}"
-        table.append(("average", count, *means, None, None))
-        text = io.StringIO()
-        csv.writer(text).writerows([SUMMARY, *table])
-        write_atomically(self.totals, text.getvalue().encode())
-        for row in [SUMMARY, *table]:
-            cells = (f"{c:.3f}" if isinstance(c, float) else c or "-" for c in row[1:])
-            print(f"{row[0]:32s}", *(f"{cell:>16}" for cell in cells))
-        return status
-
-    def _readable(self, file, folder):
-        """Look at one of many images before any training, and report a bad one."""
-        try:
-            read_picture(file, self.args.crop, folder)
-        except InputError as error:
-            fail(error)
-            self.failed.append(file)
-            return False
-        return True
-
-    def _check_log(self, files):
-        """Raise InputError where a log file would take a folder's or an input's place."""
-        inputs = [*files, self.args.reference, getattr(self.args, "kernel", None)]
-        inputs = {Path(file).resolve() for file in inputs if file}
-        for path in (self.log, self.csv, self.curves):
-            if path.is_dir() or path.resolve() in inputs:
-                raise InputError(
-                    f"--log_path {self.log}: {path} is a folder or an input"
-                )
-
-    def _check_results(self, files):
-        """Raise InputError where an image itself stands where its results would go."""
-        for file, folder in files:
-            place = results_folder(self, *picture_name(file, folder))
-            if any(path.is_file() for path in (place, *place.parents)):
-                raise InputError(
-                    f"{file}: its results would go to {place}, where a file is in the "
-                    "way; move the picture, or run from another folder"
-                )
-
-    def begin(self, record):
-        """Log an image whose training starts now."""
-        if not self.started:
-            self.started = True
-            self.ends[self.rank].unlink(missing_ok=True)
-            header = self._header().encode()
-            ours = self.log.exists() and self.log.read_bytes().startswith(header)
-            if not (self.args.resume and ours):
-                totals = [self.totals] if self.rank == 0 else []
-                set_aside(self.log, self.csv, self.curves, *totals)
-        self.records.append(record)
-        self.write_log()
-        tqdm.write(record.heading())
-
-    def summary(self):
-        """Average the last scores over the images."""
-        going = [r for r in self.records if not r.failed]
-        last = [r.rows[-1][2:4] for r in going if r._scored()]
-        text = f"{len(going)} image{'s' * (len(going) != 1)}"
-        if last:
-            psnr, ssim = np.mean(last, 0)
-            text += f", average PSNR {psnr:.3f} dB, SSIM {ssim:.4f}"
-        return text
-
-    def _header(self):
-        """Write the settings as the log's first lines."""
-        values = vars(self.args).items()
-        return "\n".join(f"{k}: {v}" for k, v in values if k != "resume")
-
-    def write_log(self, curves=False):
-        """Write the log, its CSV and, where asked for, the curves."""
-        lines, table = [self._header()], []
-        for record in self.records:
-            lines += ["", record.heading(), *record.notes]
-            lines += [row_text(row) for row in record.rows]
-            table += [(record.name, *row) for row in record.rows]
-        lines += ["", self.summary(), ""]
-        write_atomically(self.log, "\n".join(lines).encode())
-        text = io.StringIO()
-        csv.writer(text).writerows([COLUMNS, *table])
-        write_atomically(self.csv, text.getvalue().encode())
-        if curves:
-            write_atomically(self.curves, plot(self.records))
-
-
-def fail(error):
-    """Report on stderr what cannot be done; return the exit status 2."""
-    tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-    return 2
-
-
-def row_text(row):
-    """Write a test as a line of the log."""
-    step, loss, psnr, ssim, ensemble, _ = row
-    text = f"step {step:7d}  loss {loss:.6f}"
-    if psnr is not None:
-        text += f"  PSNR {psnr:.3f} dB  SSIM {ssim:.4f}"
-    if ensemble != psnr:
-        text += f"  plain ensemble {ensemble:.3f} dB"
-    return text
-
-
-def describe(image):
-    """Say an image's size and kind."""
-    channels, height, width = image.shape
-    return f"{width}x{height} {'gray' if channels == 1 else 'colour'}"
-
-
-def duration(seconds):
-    """Write a time for a person."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def set_aside(*paths):
@@ -1178,85 +688,331 @@ def set_aside(*paths):
         return path.with_name(f"{stem}~{n}{suffix}")
 
     there = [path for path in paths if path.exists()]
-    n = next(
-        n for n in itertools.count(1) if not any(numbered(p, n).exists() for p in there)
-    )
+    taken = (any(numbered(p, n).exists() for p in there) for n in itertools.count(1))
+    n = 1 + next(n for n, is_taken in enumerate(taken) if not is_taken)
     for path in there:
-        kept = numbered(path, n)
-        path.rename(kept)
-        tqdm.write(f"{path}: kept as {kept}")
+        path.rename(numbered(path, n))
+        tqdm.write(f"{path}: kept as {numbered(path, n)}")
 
 
-def check_writable(folder):
-    """Raise InputError where no file can be made in a folder that may yet have to be made."""
-    folder = Path(folder)
-    there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: cannot be written; make {there} a writable folder")
+# --- all images of a call ------------------------------------------------------------
+
+SUMMARY = ("image", "size", "observation_psnr", "psnr", "ssim", "steps", "seconds")
 
 
-def strip(panels):
-    """Draw labelled images side by side.
+class Run:
+    """All images of one call of a script: which they are, the log, the exit status.
+
+    What cannot be read or written, as far as it can be told now, exits with status 2.
 
     Args:
-        panels: (label, image (C, H, W), (PSNR, SSIM) or None) each.
-
-    Returns:
-        Pixels (H', W', 3), uint8, in OpenCV's order.
+        args: the options' values.
+        usual: what they are without flags; what differs stands in the folders' names.
+        psf: the PSF's name, or None.
     """
-    drawn = []
-    for label, image, scores in panels:
-        pixels = quantise(image, np.uint8).transpose(1, 2, 0)[..., ::-1]
-        pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
-        zoom = math.ceil(256 / pixels.shape[1])  # room for the label
-        pixels = pixels.repeat(zoom, 0).repeat(zoom, 1)
-        pixels = cv2.copyMakeBorder(
-            pixels, 24, 4, 4, 4, cv2.BORDER_CONSTANT, value=[255] * 3
-        )
-        if scores and scores[0] is not None:
-            label += f" {scores[0]:.2f} dB"
-        cv2.putText(
-            pixels,
-            label,
-            (6, 17),
-            cv2.FONT_HERSHEY_SIMPLEX,
-            0.5,
-            [0] * 3,
-            1,
-            cv2.LINE_AA,
-        )
-        drawn.append(pixels)
-    return np.hstack(drawn)
+
+    def __init__(self, args, usual, psf=None):
+        self.args, self.results, self.failed = args, [], []
+        self.stopped, self.bar, self.logged = None, None, False
+        self._name_settings(usual, psf)
+        try:
+            self._name_logs()
+            self.files = find_images(args.path)
+            self._check()
+        except InputError as error:
+            sys.exit(fail(error))
+        except OSError as error:
+            sys.exit(fail(f"{error.filename or args.path}: {error.strerror}"))
+        own = self.files[self.rank :: self.world]
+        self.paths = [f for f in own if len(self.files) == 1 or self._readable(f)]
+        self.handlers = {
+            s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def _name_settings(self, usual, psf):
+        """Say what decides the restored pixels, as a dictionary and as a folder's name."""
+        values = vars(self.args).items()
+        told = {k: v for k, v in values if k not in IRRELEVANT | NAMED}
+        if self.args.schedule == "constant":
+            del told["iteration"]  # a longer run goes on from a shorter one
+        sigma = None if self.args.observed else self.args.sigma
+        self.settings = told | {"recipe": self.args.recipe, "sigma": sigma, "psf": psf}
+        parts = ["observed" if sigma is None else f"sigma{sigma:g}"]
+        parts += [psf] if psf else []
+        parts += [self.args.recipe]
+        for key, value in told.items():
+            if value != usual[key]:
+                parts += [f"{key}-{value}" if type(value) is str else f"{key}{value:g}"]
+        self.settings_name = "_".join(parts)
+
+    def _name_logs(self):
+        """Say where log, CSV, curves and totals go: no two processes write one file."""
+        texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        self.rank, self.world = (int(x) if x.isdecimal() else -1 for x in texts)
+        if not 0 <= self.rank < self.world:
+            raise InputError(
+                "RANK and WORLD_SIZE: {}, {}; 0, 1 is one process".format(*texts)
+            )
+        log = Path(self.args.log_path)
+        stem = log.name.removesuffix(".txt")
+        self.totals = log.with_name(f"{stem}-summary.csv")
+        self.ends = [log.with_name(f"{stem}.rank{r}.done") for r in range(self.world)]
+        rank = f".rank{self.rank}" if self.world > 1 else ""
+        log = log.with_name(stem + rank + log.suffix)
+        self.logs = log, *(log.with_name(stem + rank + e) for e in (".csv", ".png"))
+
+    def _check(self):
+        """Raise InputError where a file would be written in another's place, or cannot."""
+        args = self.args
+        if len(self.files) > 1 and args.reference:
+            raise InputError("--reference goes with one image, not with a folder")
+        for folder in (Path("images"), self.logs[0].parent):
+            there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                raise InputError(f"{there}: make it a folder that can be written to")
+        inputs = [*self.files, args.reference, getattr(args, "kernel", None)]
+        inputs = {Path(file).resolve() for file in inputs if file}
+        for path in self.logs:
+            if path.is_dir() or path.resolve() in inputs:
+                raise InputError(f"--log_path: {path} is a folder or an input")
+        for folder in map(self.folder, self.files):
+            if any(path.is_file() for path in (folder, *folder.parents)):
+                raise InputError(
+                    f"{folder}: where results would go is a file; move it, or run from "
+                    "another folder"
+                )
+
+    def _readable(self, path):
+        """Look at one of many images before any training, and report a bad one."""
+        try:
+            read_picture(path, self.args.crop)
+        except (InputError, OSError) as error:
+            fail(error)
+            self.failed.append(path)
+            return False
+        return True
+
+    def folder(self, path):
+        """Say where the results of an image go."""
+        names = *result_names(path), self.args.model_type, self.settings_name
+        return Path("images", *names)
+
+    @contextmanager
+    def image(self, path):
+        """Give the Result of one image; report what goes wrong, so that the next goes on."""
+        result, told = Result(path, self.folder(path), self.args, self.settings), None
+        self.results.append(result)
+        try:
+            yield result
+        except InputError as error:
+            told = str(error)
+        except FloatingPointError as error:
+            told = f"{path}: {error}"
+        except OSError as error:
+            told = f"{error.filename or path}: {error.strerror or error}"
+        except (MemoryError, RuntimeError) as error:
+            known = MemoryError, torch.OutOfMemoryError
+            if not isinstance(error, known) and "t allocate" not in str(error):
+                raise
+            told = f"{path}: out of memory at {result.size}; a --crop, a smaller --bs,"
+            told += " --fuse off or --device cpu needs less"
+        except Stopped:
+            command = shlex.join([*sys.argv, "--resume"])
+            fail(
+                f"{path}: stopped at step {result.saved_step}; go on with: python {command}"
+            )
+            self._end(128 + self.stopped)
+        except KeyboardInterrupt:
+            fail(f"{path}: interrupted; --resume goes on from the last checkpoint")
+            self._end(130)
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+            self.bar = None
+        if told:
+            self._report(result, told)
+        with suppress(OSError):  # a full disk, which has been reported
+            if result.begun:
+                self._write_log(curves=True)
+        result.release()
+
+    def _report(self, result, told):
+        """Say that an image failed, and keep what there is of it."""
+        if result.rows:
+            told += f"; the result of step {result.rows[-1][0]} is kept"
+        fail(told)
+        self.failed.append(result.path)
+        with suppress(OSError):  # which is what failed
+            if result.begun:
+                result.finish(failed=told)
+
+    def advance(self, step):
+        """Show the progress, log what is new, and end the run where it was told to stop.
+
+        It ends once the step's checkpoint has been saved.
+
+        Args:
+            step: training steps done; 0 where the network has just started over.
+        """
+        result = self.results[-1]
+        if self.bar is None:
+            steps = {"total": self.args.iteration, "initial": step - 1, "unit": "step"}
+            # None: no bar where stderr is a file, which it would fill
+            self.bar = tqdm(desc=result.name, position=self.rank, disable=None, **steps)
+        self.bar.update(step - self.bar.n)
+        if result.changed:
+            self._write_log()
+        if self.stopped and result.saved_step == step:
+            raise Stopped
+
+    def finish(self):
+        """Write and print the totals; return the exit status.
+
+        That is 0, or where images failed 1, 2 if no training had begun. Of several
+        processes the last one answers for all: torchrun would end the others at once
+        when one has failed.
+        """
+        status = 2 - any(r.begun for r in self.results) if self.failed else 0
+        if self.failed and len(self.files) > 1:
+            names = ", ".join(map(str, self.failed))
+            fail(f"{len(self.failed)} of {len(self.files)} images failed: {names}")
+        try:
+            if self.world > 1:
+                end = b"failed" if self.failed else b""
+                write_atomically(self.ends[self.rank], end)
+                last = all(end.exists() for end in self.ends)
+                status = int(last and any(end.read_bytes() for end in self.ends))
+            self._write_totals()
+        except OSError as error:
+            fail(f"{error.filename}: {error.strerror}")
+            status = 1
+        self._restore_handlers()
+        return status
+
+    def _write_totals(self):
+        """Write and print a line for every image that is finished, and the average."""
+        table = []
+        for file in self.files:
+            with suppress(OSError, ValueError, KeyError):  # none, or not ours
+                record = json.loads((self.folder(file) / "record.json").read_text())
+                if record["finished"]:
+                    step, _, psnr, ssim, _, seconds = record["rows"][-1]
+                    before = (record["observation"] or [None])[0]
+                    scores = record["size"], before, psnr, ssim, step, round(seconds, 1)
+                    table.append((record["name"], *scores))
+        if not table:
+            return
+        scored = [row[2:5] for row in table if row[3] is not None]
+        means = np.mean(scored, 0).tolist() if scored else [None] * 3
+        table.append(("average", f"of {len(table)}", *means, None, None))
+        write_atomically(self.totals, csv_text([SUMMARY, *table]))
+        for row in [SUMMARY, *table]:
+            cells = (f"{c:.3f}" if isinstance(c, float) else c or "-" for c in row[1:])
+            print(f"{row[0]:32s}", *(f"{cell:>16}" for cell in cells))
+
+    def _write_log(self, curves=False):
+        """Write the log, its CSV and, where asked for, the curves."""
+        values = vars(self.args).items()
+        header = "\n".join(f"{k}: {v}" for k, v in values if k != "resume")
+        log, table, picture = self.logs
+        if not self.logged:
+            self.logged = True
+            self.ends[self.rank].unlink(missing_ok=True)
+            ours = log.exists() and log.read_bytes().startswith(header.encode())
+            if not (self.args.resume and ours):
+                set_aside(*self.logs, *[self.totals] * (self.rank == 0))
+        lines, rows = [header], [("image", *COLUMNS)]
+        begun = [result for result in self.results if result.begun]
+        for result in begun:
+            lines += ["", result.heading, *result.notes, *map(row_text, result.rows)]
+            rows += [(result.name, *row) for row in result.rows]
+            result.changed = False
+        write_atomically(log, "\n".join([*lines, ""]).encode())
+        write_atomically(table, csv_text(rows))
+        if curves:
+            write_atomically(picture, plot(begun))
+
+    def _stop(self, number, _):
+        """Stop after the step, the first time; at once, the second."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = number
+
+    def _end(self, status):
+        self._restore_handlers()
+        sys.exit(status)
+
+    def _restore_handlers(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
-def plot(records):
-    """Draw loss and PSNR over the steps, a line per image; return the PNG's bytes."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, column, title in zip(
-        figure.subplots(1, 2), (1, 2), ("loss", "PSNR (dB)")
-    ):
-        for record in records:
-            points = [(row[0], row[column]) for row in record.rows]
-            if points and points[0][1] is not None:
-                axes.plot(*zip(*points), marker=".", label=record.name)
-        axes.set(xlabel="step", ylabel=title)
-        axes.grid(alpha=0.3)
-        if 0 < len(axes.lines) <= 12:
-            axes.legend(fontsize="small")
+def csv_text(rows):
+    """Return rows of cells as a CSV file's bytes."""
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows(rows)
+    return buffer.getvalue().encode()
+
+
+# --- for a person's eyes -------------------------------------------------------------
+
+
+def row_text(row):
+    """Write a test as a line of the log."""
+    step, loss, psnr, ssim, ensemble, _ = row
+    told = f"step {step:7d}  loss {loss:.6f}"
+    if psnr is not None:
+        told += f"  PSNR {psnr:.3f} dB  SSIM {ssim:.4f}"
+    if ensemble != psnr:
+        told += f"  plain ensemble {ensemble:.3f} dB"
+    return told
+
+
+def duration(seconds):
+    """Write a time for a person."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def drawn(figure):
+    """Return a figure as a PNG file's bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def tune_cpu():
-    """Keep PyTorch fast on a CPU; called once, before any tensor work.
+def comparison(panels):
+    """Draw labelled images side by side; return the PNG's bytes.
 
-    Denormal numbers, which a training network meets, are slow. So is handing every
-    large tensor's memory back to the system, to be mapped and cleared again.
+    Args:
+        panels: (label, image (C, H, W), (PSNR, SSIM) or None) each.
     """
-    torch.set_flush_denormal(True)
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # glibc alone has it
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+    _, height, width = panels[0][1].shape
+    every = math.ceil(max(height, width) / PANEL)
+    size = len(panels) * 4, 4 * height / width + 0.4
+    dpi = max(320, width // every) / 4
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
+    for axes, (label, image, scores) in zip(figure.subplots(1, len(panels)), panels):
+        pixels = quantise(image[:, ::every, ::every], np.uint8).transpose(1, 2, 0)
+        axes.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+        psnr = scores and scores[0] is not None and f" {scores[0]:.2f} dB"
+        axes.set_title(label + (psnr or ""))
+        axes.set_axis_off()
+    return drawn(figure)
+
+
+def plot(results):
+    """Draw loss and PSNR over the steps, a line per image; return the PNG's bytes."""
+    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
+    axes = figure.subplots(1, 2)
+    for column, title in enumerate(("loss", "PSNR (dB)"), 1):
+        for result in results:
+            points = [(row[0], row[column]) for row in result.rows]
+            if points and points[0][1] is not None:
+                axes[column - 1].plot(*zip(*points), marker=".", label=result.name)
+        axes[column - 1].set(xlabel="step", ylabel=title)
+        axes[column - 1].grid(alpha=0.3)
+    if 0 < len(axes[0].lines) <= 12:
+        axes[0].legend(fontsize="small")
+    return drawn(figure)

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+import scipy.ndimage
 import torch
 from torch.nn import functional as F
 
@@ -12,6 +14,14 @@ BAND = 3  # frequencies a side, likewise
 REACH = PATCH - STRIDE + STRIDE * (WINDOW // 2)  # pixels that an entry is decided by
 SLAB = 2**18  # pixels worked on at a time, for memory's sake
 BINS = 8  # of the residual's spectrum, along either side
+QUIET = 0.25  # share of its bins taken to hold hardly anything but noise
+
+# A frequency of which a blur has left less power than this is not regained, whatever the
+# noise: rounding would be multiplied.
+LEAST_POWER = 1e-4
+# Dividing by the blur's transfer function makes noise stronger: by no more than brings it
+# to this many times the ensemble's error.
+AMPLIFICATION = 8
 
 # Measured on crops of House, Peppers and kodim01, sigma 10 to 50:
 SPREAD = 2.2  # the ensemble's squared error, in units of its predictions' variance
@@ -63,8 +73,7 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
     noise = max((sigma / 255) ** 2, quiet(residual) - mean * power.mean().item())
-    # Dividing makes noise stronger: by no more than this where A passes little.
-    passed = power.clamp(min=max(1e-4, min(1, noise / mean / 8)))
+    passed = power.clamp(min=max(LEAST_POWER, min(1, noise / mean / AMPLIFICATION)))
     ratio = noise * (1 / passed).mean().item() / mean
     # Twice the noise's energy is not chance, whatever the predictions agree upon.
     margin = 1 + min(1, CAUTION * ratio**2 / len(f) ** 0.5)
@@ -76,14 +85,14 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
 
 
 def quiet(residual):
-    """Return the energy that three quarters of a residual's spectrum reach."""
+    """Return the energy that all but the quiet quarter of a residual's spectrum reach."""
     spectrum = torch.fft.rfft2(residual, norm="ortho").abs() ** 2
     bins = [
         part.mean()
         for rows in spectrum.tensor_split(BINS, 1)
         for part in rows.tensor_split(BINS, 2)
     ]
-    return torch.stack(bins).quantile(0.25).item()
+    return torch.stack(bins).quantile(QUIET).item()
 
 
 def wiener(residual, noise):
@@ -115,3 +124,29 @@ def _wiener(residual, noise, basis):
     edge = PATCH - STRIDE
     # Every pixel lies in (PATCH / STRIDE)^2 patches.
     return filtered[..., edge:-edge, edge:-edge] * (STRIDE / PATCH) ** 2
+
+
+def estimate_sigma(observation):
+    """Estimate the standard deviation of white noise, on the 0-255 scale.
+
+    From the median size of a detail that planes do not have (Immerkaer 1996, made
+    robust), where few entries around are 0 or 1: a camera clips noise there. Perfectly
+    flat places, a frame's, do not count. Texture adds to it.
+
+    Args:
+        observation: (C, H, W), [0, 1] scale.
+
+    Returns:
+        None where nothing is left to estimate it from.
+    """
+    detail = np.array([1, -2, 1]) / math.sqrt(6)
+    size = observation.astype(np.float64)
+    for axis in (1, 2):
+        size = scipy.ndimage.correlate1d(size, detail, axis)
+    size = np.abs(size)
+    inside = ((observation > 0) & (observation < 1)).astype(np.float64)
+    around = scipy.ndimage.uniform_filter(inside, (0, 9, 9))
+    varied = size > 1e-9
+    few = np.quantile(around[varied], 0.75) - 0.05 if varied.any() else 0
+    size = size[varied & (around >= few)]
+    return float(255 * np.median(size) / 0.67449) if size.size else None

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from network.pconv import PConv2d
 
 try:
-    from network import fused  # the forward pass below in Triton kernels, for CUDA
-except ImportError:
-    fused = None
+    from network import triton_punet
+except ImportError:  # no Triton: PyTorch's own kernels run
+    triton_punet = None
 
 
 class Punet(nn.Module):
@@ -54,8 +54,10 @@ class Punet(nn.Module):
         Returns:
             The prediction, (N, C, H, W), in (0, 1).
         """
-        if fused and fused.usable(x):
-            return fused.forward(self, x, mask, draw or self._draw)
+        if triton_punet and triton_punet.usable(x):
+            # On CUDA in float32 Triton kernels do all that follows: the same prediction
+            # and gradients, but for rounding.
+            return triton_punet.forward(self, x, mask, draw or self._draw)
         skips = [x]
         for i, layer in enumerate(self.encoder):
             # (N, 48, H/2^j, W/2^j), rounded up, with j = 0, 0, 1, 2, 3, 4, 5

@@ -1,93 +1,42 @@
 """Self2Self (Quan, Chen, Pang, Ji, CVPR 2020): learning one image from its observation."""
 
 import copy
+import ctypes
 import math
+import sys
+from contextlib import suppress
 
 import numpy as np
 import torch
 
 from network import fusion
+from network.masks import BernoulliMasks, flip
 from network.muon import Muon
 from network.punet import Punet
 
 # Pixels in one forward pass of the ensemble: they fill a GPU, and suit a CPU's cache.
 PREDICTION_PIXELS = {"cuda": 2**20, "cpu": 1, "mps": 2**18}
-
-ATTEMPT_SEED = 1_000_003  # between the seeds of a network's attempts
-
 MUON_CHANNELS = 32  # fewest, in and out, of a convolution that Muon steps
 
+CHECK_EVERY = 100  # steps between two looks at whether the network lives
+EARLY = 1000  # steps within which a network that died is started over
+ATTEMPTS = 4  # times
+ATTEMPT_SEED = 1_000_003  # between the seeds of a network's attempts
 
-class BernoulliMasks:
-    """A seeded stream of Bernoulli masks on one device.
 
-    Four entries come from one 64-bit draw, 16 bits each, so a rate is exact to 2**-16.
-    On the CPU the draws are NumPy's: PyTorch's are serial there and three times slower,
-    its bernoulli_ twenty times.
+def tune_cpu():
+    """Keep PyTorch fast on a CPU.
 
-    Args:
-        device: where the masks are made.
-        entropy: non-negative integers that name the stream, such as (seed, step).
+    Denormal numbers, which a training network meets, are slow. So is handing every
+    large tensor's memory back to the system, to be mapped and cleared again: a step
+    takes a tenth longer.
     """
-
-    def __init__(self, device, *entropy):
-        self.device = device
-        if device.type == "cuda":
-            self.generator = torch.Generator(device)
-        self.seed(*entropy)
-
-    def seed(self, *entropy):
-        """Start the stream named by `entropy`."""
-        sequence = np.random.SeedSequence(entropy)
-        if self.device.type == "cuda":
-            self.generator.manual_seed(
-                int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-            )
-        else:
-            self.bits = np.random.SFC64(sequence)
-
-    def state(self):
-        """The stream's position, as a tensor."""
-        if self.device.type == "cuda":
-            return self.generator.get_state()
-        return torch.from_numpy(self.bits.state["state"]["state"].view(np.int64).copy())
-
-    def load_state(self, state):
-        """Go on from a position that `state` gave."""
-        if self.device.type == "cuda":
-            self.generator.set_state(state.cpu())
-        else:
-            words = state.numpy().view(np.uint64)
-            self.bits.state = self.bits.state | {"state": {"state": words}}
-
-    def __call__(self, shape, drop_rate):
-        """Draw a mask: 1 = kept, 0 = dropped with probability drop_rate.
-
-        It is bool on CUDA, float elsewhere: a CPU multiplies by bool ten times slower.
-        """
-        count = math.prod(shape)
-        words = (count + 3) // 4
-        threshold = min(round(drop_rate * 2**16), 2**16 - 1) - 2**15
-        if self.device.type == "cuda":
-            bits = torch.empty(words, dtype=torch.int64, device=self.device)
-            bits.random_(-(2**63), None, generator=self.generator)
-            kept = bits.view(torch.int16)[:count] >= threshold
-            # in channels_last order, as the maps that it will multiply
-            n, c, h, w = shape
-            return kept.view(n, h, w, c).permute(0, 3, 1, 2)
-        bits = torch.from_numpy(self.bits.random_raw(words).view(np.int64))
-        kept = bits.view(torch.int16)[:count] >= threshold
-        return kept.view(shape).float().to(self.device)
-
-
-def flip(x, flips):
-    """Mirror samples of x (N, C, H, W) left-right and up-down; its own inverse.
-
-    Args:
-        flips: (N, 2, 1, 1); where the first is not 0, left-right, the second, up-down.
-    """
-    x = torch.where(flips[:, :1] > 0, x.flip(-1), x)
-    return torch.where(flips[:, 1:] > 0, x.flip(-2), x)
+    torch.set_flush_denormal(True)
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # glibc alone has it
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
 
 
 def dropped_loss(degraded, y, judged):
@@ -107,48 +56,52 @@ class Self2Self:
     Args:
         drop_rate: p of the Bernoulli mask and of the decoder's dropout, in [0, 1); 0:
             no sampling, every entry is judged.
-        lr: learning rate.
+        iteration: training steps, which the schedule goes by.
         optimizer: "adam", "adamw", or "muon": Muon for the wide convolutions' weights,
             Adam for the rest.
-        bs: Bernoulli samples of the observation per step.
-        seed: of the weights, the masks and the dropout.
-        device: where to compute.
-        anneal: the number of steps over which the learning rate rises, for the first
-            twentieth, and falls to 0 as a half cosine; None: it stays as it is.
+        lr: learning rate.
+        beta2: decay of Adam's mean of squared gradients; with 0.9, as the mean of the
+            gradients has, no step is larger than the learning rate.
+        schedule: "constant", or "cosine": the learning rate rises for the first
+            twentieth of the steps, and falls to 0 as a half cosine.
+        ratio: the partial convolutions' numerator, "window" or "entries".
         start: "default": PyTorch's initial weights; "mean": with the last bias such
             that the first predictions have the observation's mean, from which a large
             learning rate does not run into the sigmoid's flat ends.
-        beta2: decay of Adam's mean of squared gradients; with 0.9, as the mean of the
-            gradients has, no step is larger than the learning rate.
-        average: the training's own predictions join the ensemble, those of step t of
-            T with weight (t / T)**average; 0: they do not.
-        ratio: the partial convolutions' numerator, "window" or "entries".
+        averaging_power: the training's own predictions join the ensemble, those of step
+            t of T with weight (t / T)**averaging_power; None: they do not.
+        bs: Bernoulli samples of the observation per step.
+        seed: of the weights, the masks and the dropout.
+        device: where to compute.
     """
 
     def __init__(
         self,
         *,
         drop_rate,
-        lr,
+        iteration,
         optimizer,
+        lr,
+        beta2,
+        schedule,
+        ratio,
+        start,
+        averaging_power,
         bs,
         seed,
         device,
-        anneal=None,
-        average=0,
-        ratio="window",
-        start="default",
-        beta2=0.999,
     ):
         self.drop_rate, self.bs, self.seed = drop_rate, bs, seed
-        self.initial_lr, self.optimizer_name = lr, optimizer
-        self.anneal, self.average = anneal, average
-        self.ratio, self.initial_start, self.beta2 = ratio, start, beta2
+        self.optimizer_name, self.beta2 = optimizer, beta2
+        self.initial_lr, self.schedule, self.iteration = lr, schedule, iteration
+        self.ratio, self.initial_start = ratio, start
+        self.averaging_power = averaging_power
         self.device = torch.device(device)
         self.y = None
+        tune_cpu()
 
-    def begin(self, observation, forward_operator):
-        """Start on an image with new weights.
+    def begin(self, observation, forward_operator, on_restart=None):
+        """Start on an image with new weights, at step 0.
 
         On CUDA an image of the same shape, under the same operator, uses the step that
         was captured for the last one.
@@ -157,11 +110,14 @@ class Self2Self:
             observation: y, (C, H, W), float, on the [0, 1] scale, not clipped.
             forward_operator: A, of y = A(x) + n, from and to (N, C, H, W): the identity
                 for denoising.
+            on_restart: told what happened, in a sentence, when the network has died and
+                started over.
         """
+        self.on_restart = on_restart
         self.attempt, self.lr, self.start = 0, self.initial_lr, self.initial_start
         self._start(observation, forward_operator)
 
-    def begin_again(self):
+    def restart(self):
         """Start over: other weights, begun at the mean, and half the learning rate."""
         self.attempt, self.lr, self.start = self.attempt + 1, self.lr / 2, "mean"
         self._start(self.y[0].clone(), self.forward_operator)
@@ -184,14 +140,11 @@ class Self2Self:
             self._build(y, forward_operator, network)
         self.y.copy_(y)
         self.network.load_state_dict(network.state_dict())
-        for value in self._averages():
-            value.zero_()
+        for tensor in (*self._moments(), *self._watched(), self.sums):
+            tensor.zero_()
         self.rate.fill_(self.lr)
         self.masks.seed(self.seed, 0)
         self.step = self.loss_steps = 0
-        for watched in (self.loss_sum, self.recent, self.spread, self.slope):
-            watched.zero_()
-        self.sums.zero_()
 
     def _build(self, y, forward_operator, network):
         """Make what lasts as long as the shape: the tensors that a captured step uses."""
@@ -220,23 +173,28 @@ class Self2Self:
         for optimizer in self.optimizers:
             optimizer.step()  # makes the averages: from here on all is in place
         zeros = torch.zeros(4, device=self.device)
-        self.loss_sum, self.recent, self.spread, self.slope = zeros
+        self.loss_sum, self.recent, self.prediction_std, self.sigmoid_slope = zeros
         # Of the training's predictions, weighted, and of their squares.
         self.sums = y.new_zeros(2, *y.shape[1:])
-        self.fading = torch.tensor(0.0, device=self.device)  # a captured step reads it
+        self.sums_decay = torch.tensor(
+            0.0, device=self.device
+        )  # read by a captured step
         self.masks = BernoulliMasks(self.device)
         self.graph = None
 
-    def _averages(self):
+    def _moments(self):
         """The optimisers' tensors."""
         states = [s for optimizer in self.optimizers for s in optimizer.state.values()]
         return [value for state in states for value in state.values()]
 
+    def _watched(self):
+        """What tells how the training goes: the loss and the last prediction's spread."""
+        return self.loss_sum, self.recent, self.prediction_std, self.sigmoid_slope
+
     def _tensors(self):
         """Every tensor that a training step changes."""
-        watched = [self.loss_sum, self.recent, self.spread, self.slope]
-        watched += [self.sums] if self.average else []
-        return [*self.network.parameters(), *self._averages(), *watched]
+        sums = [] if self.averaging_power is None else [self.sums]
+        return [*self.network.parameters(), *self._moments(), *self._watched(), *sums]
 
     def state_dict(self):
         """All that the coming steps depend on, as tensors and numbers."""
@@ -261,14 +219,22 @@ class Self2Self:
         self.rate.fill_(self.lr)
 
     def train_step(self):
-        """One optimiser step on `bs` Bernoulli samples of the observation."""
-        if self.anneal:
-            progress = min(1.0, self.step / self.anneal)
+        """One optimiser step on `bs` Bernoulli samples of the observation.
+
+        Every 100 steps a network that has died is noticed. It starts over, so that
+        `step` is 0, with other weights and half the learning rate.
+
+        Raises:
+            FloatingPointError: it died after step 1,000, or for the fifth time.
+        """
+        if self.schedule == "cosine":
+            progress = min(1.0, self.step / self.iteration)
             factor = (1 + math.cos(math.pi * progress)) / 2
-            factor *= min(1.0, 20 * (self.step + 1) / self.anneal)
+            factor *= min(1.0, 20 * (self.step + 1) / self.iteration)
             self.rate.fill_(self.lr * factor)
-        if self.average:
-            self.fading.fill_((self.step / (self.step + 1)) ** self.average)
+        if self.averaging_power is not None:
+            kept = (self.step / (self.step + 1)) ** self.averaging_power
+            self.sums_decay.fill_(kept)
         if self.device.type == "cuda":
             if self.graph is None:
                 self._capture()
@@ -277,12 +243,29 @@ class Self2Self:
             self._train()
         self.step += 1
         self.loss_steps += 1
+        if self.step % CHECK_EVERY == 0 and not self.alive():
+            self._start_over_or_give_up()
+
+    def _start_over_or_give_up(self):
+        """Answer the network's death; early on other weights may live."""
+        told = f"the network died (constant or non-finite output) by step {self.step}"
+        if self.step > EARLY:
+            raise FloatingPointError(told)
+        if self.attempt == ATTEMPTS:
+            raise FloatingPointError(
+                f"{told}; a lower --lr than {self.initial_lr:g} cures it"
+            )
+        self.restart()
+        if self.on_restart:
+            self.on_restart(
+                f"{told}: started over at the mean, learning rate {self.lr:g}"
+            )
 
     def predict(self, num_prediction):
         """Average the dropout ensemble (paper, equation 8).
 
-        With `average`, the training's own predictions so far belong to it too. The
-        masks and the dropout of the others come from the seed and the step alone:
+        With an `averaging_power` the training's own predictions so far belong to it too.
+        The masks and the dropout of the others come from the seed and the step alone:
         looking does not change the training.
 
         Args:
@@ -296,9 +279,9 @@ class Self2Self:
         size = max(1, PREDICTION_PIXELS[self.device.type] // self.y[0, 0].numel())
         total, squares = self.sums.clone()
         count = num_prediction
-        if self.average:
+        if self.averaging_power is not None:
             steps = np.arange(1, self.step + 1)
-            weights = (steps / self.step) ** self.average
+            weights = (steps / self.step) ** self.averaging_power
             count += self.bs * float(weights.sum())
         with torch.inference_mode():
             for start in range(0, num_prediction, size):
@@ -331,24 +314,26 @@ class Self2Self:
         self.loss_steps = 0
         return mean
 
-    def recent_loss(self):
-        """Running mean of the loss over about 20 steps. Reads the device."""
-        return self.recent.item() / (1 - 0.95 ** max(1, self.step))
-
     def alive(self):
-        """Tell whether the network still learns; to be asked after 100 steps or more.
+        """Tell whether the network still learns. Reads the device.
 
-        Dead are a loss that is not finite; a prediction on the sigmoid's flat ends,
-        where no gradient passes, that errs by more than the noise (which neighbouring
-        entries' differences bound: a black picture's black prediction is alive); and
-        one that swings by more than the observation and errs by twice its variance.
+        Dead are a loss that is not finite; and, from step 100 on, a prediction on the
+        sigmoid's flat ends, where no gradient passes, that errs by more than the noise
+        (which neighbouring entries' differences bound: a black picture's black
+        prediction is alive); and one that swings by more than the observation and errs
+        by twice its variance.
         """
-        loss, slope, spread = self.recent_loss(), self.slope.item(), self.spread.item()
+        # The loss's running mean over about 20 steps.
+        loss = self.recent.item() / (1 - 0.95 ** max(1, self.step))
+        if not math.isfinite(loss) or self.step < CHECK_EVERY:
+            return math.isfinite(loss)
         noise = (self.y.diff(dim=-1) ** 2).mean().item() / 2
         variance = self.y.var((2, 3)).max().item()
-        stuck = slope < 1e-5 and loss > 1.1 * noise
-        wild = spread**2 > max(variance, 0.01) and loss > 2 * variance
-        return math.isfinite(loss) and not stuck and not wild
+        flat = self.sigmoid_slope.item() < 1e-5
+        swing = self.prediction_std.item() ** 2
+        stuck = flat and loss > 1.1 * noise
+        wild = swing > max(variance, 0.01) and loss > 2 * variance
+        return not stuck and not wild
 
     def _sample(self, masks, n):
         """Predict from n Bernoulli samples of y.
@@ -374,10 +359,10 @@ class Self2Self:
         self.loss_sum += loss.detach()
         self.recent.lerp_(loss.detach(), 0.05)
         prediction = prediction.detach()
-        self.spread.copy_(prediction.std((2, 3)).max())
-        self.slope.copy_((prediction * (1 - prediction)).mean())
-        if self.average:
-            self.sums *= self.fading
+        self.prediction_std.copy_(prediction.std((2, 3)).max())
+        self.sigmoid_slope.copy_((prediction * (1 - prediction)).mean())
+        if self.averaging_power is not None:
+            self.sums *= self.sums_decay
             self.sums += torch.stack([prediction.sum(0), (prediction**2).sum(0)])
 
     def _capture(self):

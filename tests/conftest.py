@@ -1,13 +1,17 @@
-"""Lets the tests import the scripts, from whatever folder pytest is called."""
+"""Lets the tests import the scripts; every test runs in an empty folder of its own."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import utils  # noqa: F401 - before PyTorch, for which it sets the environment
-
-# isort: split
+import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)  # tiny tensors, and perhaps a busy machine
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Run every test in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from network.recipes import RECIPES
 from network.self2self import Self2Self
 
 DOUBLE = {"dtype": torch.float64}
@@ -43,8 +44,8 @@ def roll(x):
 
 def begun(y, operator=identity, **settings):
     """A learner that has begun on y."""
-    defaults = {"drop_rate": 0.3, "lr": 1e-3, "optimizer": "adam"}
-    defaults |= {"bs": 1, "seed": 0, "device": "cpu"}
+    defaults = RECIPES["paper"] | {"lr": 1e-3, "bs": 1, "seed": 0, "device": "cpu"}
+    del defaults["fuse"]
     learner = Self2Self(**defaults | settings)
     learner.begin(y, operator)
     return learner

@@ -110,18 +110,18 @@ def test_punet_is_the_same_on_cuda():
 @pytest.mark.parametrize("ratio", ["window", "entries"])
 @pytest.mark.parametrize("drop_rate", [0, 0.3])
 @pytest.mark.parametrize("shape", [(1, 1, 64, 64), (2, 3, 45, 33), (1, 1, 79, 32)])
-def test_fused_kernels_compute_the_same(shape, drop_rate, ratio, monkeypatch):
+def test_triton_kernels_compute_the_same(shape, drop_rate, ratio, monkeypatch):
     mask = sparse_mask(*shape).float().cuda()
     x = random_image(*shape).cuda() * mask
     torch.manual_seed(0)
     network = Punet(shape[1], drop_rate, ratio).cuda()
     network.to(memory_format=torch.channels_last)
-    assert punet.fused is not None
-    assert punet.fused.usable(x)
+    assert punet.triton_punet is not None
+    assert punet.triton_punet.usable(x)
     target = random_image(*shape, seed=1).cuda()
     results = []
-    for module in (punet.fused, None):
-        monkeypatch.setattr(punet, "fused", module)
+    for module in (punet.triton_punet, None):
+        monkeypatch.setattr(punet, "triton_punet", module)
         draw = Recorder()
         with torch.backends.cudnn.flags(
             enabled=True, deterministic=True, allow_tf32=False

@@ -16,7 +16,8 @@ from tensors import (
 )
 from torch import nn
 
-from network.self2self import BernoulliMasks, dropped_loss, flip
+from network.masks import BernoulliMasks, flip
+from network.self2self import dropped_loss
 
 
 def masks_of(device, *entropy):
@@ -196,15 +197,17 @@ def test_same_seed_repeats_however_often_one_looks():
     )
 
 
-@pytest.mark.parametrize("optimizer, average", [("adam", 0), ("adamw", 0), ("muon", 2)])
-def test_learner_goes_on_from_a_state(optimizer, average):
+@pytest.mark.parametrize(
+    "optimizer, power", [("adam", None), ("adamw", None), ("muon", 2)]
+)
+def test_learner_goes_on_from_a_state(optimizer, power):
     y = random_image(1, 32, 33)
-    learner = begun(y, optimizer=optimizer, average=average)
-    learner.begin_again()
+    learner = begun(y, optimizer=optimizer, averaging_power=power)
+    learner.restart()
     train(learner, 3)
     state = learner.state_dict()
     train(learner, 3)
-    resumed = begun(y, optimizer=optimizer, average=average)
+    resumed = begun(y, optimizer=optimizer, averaging_power=power)
     resumed.load_state_dict(state)
     train(resumed, 3)
     assert resumed.step == learner.step == 6
@@ -217,10 +220,10 @@ def test_learner_goes_on_from_a_state(optimizer, average):
     [((1, 32, 33), identity), ((1, 32, 33), roll), ((3, 34, 32), identity)],
 )
 def test_second_image_is_learnt_like_a_first(shape, operator):
-    learner = train(begun(random_image(1, 32, 33), average=2), 3)
+    learner = train(begun(random_image(1, 32, 33), averaging_power=2), 3)
     second = random_image(*shape, seed=1)
     learner.begin(second, operator)
-    fresh = begun(second, operator, average=2)
+    fresh = begun(second, operator, averaging_power=2)
     np.testing.assert_array_equal(learner.predict(2), fresh.predict(2))
     train(learner, 3)
     train(fresh, 3)
@@ -299,10 +302,10 @@ def test_second_image_is_learnt_like_a_first_by_the_same_graph():
 @needs_cuda
 def test_learner_goes_on_from_a_state_on_cuda():
     y = random_image(1, 64, 64)
-    learner = train(begun(y, device="cuda", average=2), 3)
+    learner = train(begun(y, device="cuda", averaging_power=2), 3)
     state = learner.state_dict()
     train(learner, 3)
-    resumed = begun(y, device="cuda", average=2)
+    resumed = begun(y, device="cuda", averaging_power=2)
     resumed.load_state_dict(state)
     train(resumed, 3)
     assert resumed.mean_loss() == pytest.approx(learner.mean_loss(), rel=1e-3)
@@ -310,7 +313,7 @@ def test_learner_goes_on_from_a_state_on_cuda():
 
 
 def test_the_trainings_own_predictions_join_the_ensemble():
-    learner = begun(random_image(3, 32, 33), average=2, bs=2, seed=5)
+    learner = begun(random_image(3, 32, 33), averaging_power=2, bs=2, seed=5)
     sampled, sample = [], learner._sample
 
     def watched_sample(masks, n):
@@ -333,8 +336,8 @@ def test_the_trainings_own_predictions_join_the_ensemble():
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_annealed_learning_rate_rises_and_falls(optimizer):
-    settings = {"lr": 0.1, "anneal": 40, "optimizer": optimizer}
-    learner = begun(random_image(1, 32, 33), **settings)
+    settings = {"lr": 0.1, "iteration": 40, "schedule": "cosine"}
+    learner = begun(random_image(1, 32, 33), optimizer=optimizer, **settings)
     rates = []
     for _ in range(40):
         learner.train_step()
@@ -353,11 +356,14 @@ def test_start_at_the_mean():
 
 
 def test_a_network_that_a_dark_picture_kills_lives_at_the_second_start():
-    learner = begun(0.02 + 0.15 * random_image(1, 32, 32), lr=1e-4)
-    assert not train(learner, 100).alive()
-    learner.begin_again()
-    assert train(learner, 100).alive()
-    assert learner.recent_loss() < 0.004
+    y, notes = 0.02 + 0.15 * random_image(1, 32, 32), []
+    learner = begun(y, lr=1e-4)
+    learner.begin(y, identity, on_restart=notes.append)
+    assert train(learner, 99).step == 99 and not notes
+    assert train(learner, 1).step == 0
+    assert notes and "by step 100" in notes[0] and "5e-05" in notes[0]
+    assert train(learner, 100).alive() and len(notes) == 1
+    assert learner.recent < 0.004
 
 
 def test_a_flat_images_flat_prediction_is_alive_and_a_saturated_one_dead():
@@ -366,4 +372,7 @@ def test_a_flat_images_flat_prediction_is_alive_and_a_saturated_one_dead():
     for clean, value, alive in ((0.3, 0.3, True), (0.0, 0.0, True), (ramp, 0, False)):
         learner = begun(clean + noise)
         learner.network = Spy(lambda x, mask, value=value: x * 0 + value)
+        restarts = []
+        learner.restart = lambda: restarts.append(None)  # noqa: B023 - called here
         assert train(learner, 100).alive() is alive
+        assert len(restarts) == 1 - alive

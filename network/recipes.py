@@ -1,0 +1,66 @@
+"""What a recipe decides, and why; network/README.md has the measurements behind it.
+
+Where a value is a dictionary it goes by the noise: from these sigmas (0-255 scale) on.
+"""
+
+RECIPES = {
+    # The released TensorFlow code's training: the published method.
+    "paper": {
+        "iteration": 150_000,
+        "drop_rate": 0.3,
+        "optimizer": "adam",
+        "lr": 1e-4,
+        "beta2": 0.999,  # PyTorch's default
+        "schedule": "constant",
+        "ratio": "window",  # full windows scaled by 1/C, as the TensorFlow layer does
+        "start": "default",  # PyTorch's initial weights
+        "averaging_power": None,  # the ensemble is of the last weights alone
+        "fuse": "off",
+    },
+    # Its quality and more in 1,000 steps.
+    "fast": {
+        "iteration": 1000,
+        "drop_rate": {
+            0: 0.2,
+            15: 0.3,
+        },  # little noise: there is more to see than to drop
+        "optimizer": "muon",
+        "lr": 3e-3,
+        "beta2": 0.9,  # no step of Adam's is larger than the learning rate
+        "schedule": "cosine",
+        "ratio": "entries",  # full windows scaled by 1: signals keep their size
+        "start": "mean",  # a large rate does not run into the sigmoid's flat ends
+        # The training's predictions join the ensemble, which more noise, that is
+        # overfitted sooner, wants more of the early ones of.
+        "averaging_power": {0: 3, 40: 1},
+        "fuse": "on",
+    },
+}
+UNKNOWN_SIGMA = 25  # taken where the noise is not known
+
+
+def decided(recipe, sigma=None, fuse=True):
+    """Return what a recipe decides, option or ingredient -> value.
+
+    Args:
+        recipe: name of one of RECIPES.
+        sigma: standard deviation of the noise, 0-255 scale; None where it is not known,
+            or where a blur is there too.
+        fuse: whether fusing may be worth it: the noise is white, and a blur, if there is
+            one, has not taken away for good what the network misses.
+    """
+    level = UNKNOWN_SIGMA if sigma is None else sigma
+    values = {
+        name: value[max(k for k in value if k <= level)]
+        if isinstance(value, dict)
+        else value
+        for name, value in RECIPES[recipe].items()
+    }
+    return values if fuse else values | {"fuse": "off"}
+
+
+def learner_settings(args):
+    """Return what network.Self2Self is made with, from the options' values."""
+    names = ("drop_rate", "iteration", "optimizer", "lr", "beta2", "schedule", "ratio")
+    names += ("start", "averaging_power", "bs", "seed", "device")
+    return {name: getattr(args, name) for name in names}

@@ -1,0 +1,199 @@
+"""What a user can get wrong ends in one line, and what fails later too."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from scripts import files, run, write
+
+import denoise
+from network import self2self
+
+
+def bad_inputs():
+    """Make one of every unusable input, and yield (task, flags, words of the error)."""
+    for flags, words in (
+        ("--path nowhere", "nowhere: no such file"),
+        ("--path empty", "no PNG, JPEG or TIFF image"),
+        ("--path text.txt", "not a PNG, JPEG or TIFF"),
+        ("--path text.png", "text.png is damaged"),
+        ("--path zero.png", "zero.png is damaged"),
+        ("--path cut.png", "cut.png is damaged"),
+        ("--path cut.jpg", "cut.jpg is damaged"),
+        ("--path cut.tif", "cut.tif is damaged"),
+        ("--path nan.tif", "NaN"),
+        ("--path far.tif", "scale them to [0, 1]"),
+        ("--path small.png", "31x31 pixels; a side needs 32"),
+        ("--path good.png --crop 31", "31x31 pixels"),
+        ("--drop_rate 1", "--drop_rate: '1' is not a rate"),
+        ("--drop_rate -0.1", "rate"),
+        ("--sigma -1", "--sigma"),
+        ("--sigma nan", "--sigma"),
+        ("--lr nan", "--lr"),
+        ("--lr 0", "--lr"),
+        ("--iteration 0", "--iteration"),
+        ("--bs 0", "--bs"),
+        ("--num_prediction 0", "--num_prediction"),
+        ("--test_frequency 0", "--test_frequency"),
+        ("--crop 1.5", "--crop"),
+        ("--colour yes", "--colour"),
+        ("--optimizer sgd", "--optimizer"),
+        ("--fuse maybe", "--fuse"),
+        ("--fuse on --drop_rate 0", "--drop_rate"),
+        ("--noise_sigma 5", "--observed"),
+        ("--path good.png --observed --noise_sigma 5", "--fuse on"),
+        ("--fuse on --num_prediction 1", "several"),
+        ("--observed --noise_sigma 0", "--noise_sigma"),
+        ("--device abacus", "no device 'abacus'"),
+        ("--device cuda:99", "no device 'cuda:99'"),
+        ("--device cuda:01", "no device"),
+        ("--device cuda:200", "no device"),
+        ("--device meta", "no device"),
+        ("--path odd", "not UTF-8"),
+        ("--path good.png --model_type '\udce9'", "not UTF-8"),
+        ("--path good.png --observed --reference ''", "is empty"),
+        ("--path images/in", "is a file; move it"),
+        ("--path good.png --reference good.png", "--observed"),
+        ("--path good.png --observed --reference small.png", "small.png"),
+        ("--path good.png --observed --reference rgb.png", "colour"),
+        ("--path good.png --log_path text.txt/log.txt", "text.txt"),
+        ("--path good.png --log_path empty", "empty is a folder"),
+        ("--path good.png --log_path ''", "--log_path"),
+        ("--path good.png --log_path good.txt", "good.png is a folder or an input"),
+        ("--path ''", "is empty"),
+        (f"--path {'a' * 300}", "File name too long"),
+        ("--path pages.tif", "2 pages"),
+        ("--path rgba.jpg", "no JPEG"),
+        ("--seed -1", "--seed"),
+        ("--seed 99999999999999999999", "--seed"),
+        ("--model_type ../x", "--model_type"),
+        ("--recipe quick", "--recipe"),
+        ("--path good.png --observed --reference big.png --crop 32", "64x64"),
+    ):
+        yield "denoise", flags, words
+    for flags, words in (
+        ("--kernel nowhere.mat", "nowhere.mat: no such file"),
+        ("--kernel ''", "is empty"),
+        (f"--kernel {'a' * 300}.npy", "too long"),
+        ("--kernel zero.npy", "sum above 0"),
+        ("--kernel negative.npy", "sum above 0"),
+        ("--kernel cube.npy", "matrix"),
+        ("--kernel nan.npy", "finite"),
+        ("--kernel object.npy", "object.npy: no PSF can be read"),
+        ("--kernel text.mat", "text.mat: no PSF can be read"),
+        ("--kernel cut.png", "cut.png is damaged"),
+        ("--path good.png --kernel_size 33", "larger than the image of 32x32"),
+        ("--path good.png --kernel_size 33 --observed", "larger than the image"),
+        ("--kernel_size 1000000", "--kernel_size"),
+        ("--kernel_size 0", "--kernel_size"),
+        ("--kernel_sigma 0", "--kernel_sigma"),
+    ):
+        yield "deblur", flags, words
+
+
+@pytest.fixture
+def bad_files():
+    """Make the files that bad_inputs names."""
+    Path("empty").mkdir()
+    for name in ("text.txt", "text.png", "text.mat"):
+        Path(name).write_text("no image")
+    Path("zero.png").touch()
+    write("good.png")
+    write("rgb.png", channels=3)
+    write("small.png", side=31)
+    write("big.png", side=64)
+    write("images/in/good.png")
+    Path("odd").mkdir()
+    if sys.platform == "linux":  # others have no such names
+        shutil.copy("good.png", os.fsdecode(b"odd/caf\xe9.png"))
+    write("rgba.png", channels=4)
+    Path("rgba.png").rename("rgba.jpg")
+    cv2.imwritemulti("pages.tif", [np.zeros((32, 32), np.uint8)] * 2)
+    for suffix in (".png", ".jpg", ".tif"):
+        write("whole" + suffix)
+        data = Path("whole" + suffix).read_bytes()
+        Path("cut" + suffix).write_bytes(data[: len(data) // 2])
+    for name, value in (("nan", np.nan), ("far", 255)):
+        cv2.imwrite(f"{name}.tif", np.full((32, 32), value, np.float32))
+    np.save("zero.npy", np.zeros((3, 3)))
+    np.save("negative.npy", -np.eye(3))
+    np.save("cube.npy", np.ones((3, 3, 3)))
+    np.save("nan.npy", np.full((3, 3), np.nan))
+    np.save("object.npy", np.array([{}], dtype=object))
+
+
+def test_wrong_input_is_refused_in_one_line(bad_files, capfd):
+    before = files()
+    for task, flags, words in bad_inputs():
+        assert run(task, flags) == 2, flags
+        err = capfd.readouterr().err
+        assert words in err, flags
+        assert err.count("\n") == 1, flags
+    assert files() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "status"),
+    [
+        (OSError(28, "No space left on device", "x.png"), "x.png: No space left", 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--crop", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+    ],
+)
+def test_what_fails_later_is_one_line_too(error, words, status, monkeypatch, capsys):
+    write("in/a.png")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(denoise.Self2Self, "predict", fail)
+    assert run("denoise", "--path in/a.png") == status
+    assert words in capsys.readouterr().err
+
+
+def test_output_that_is_not_finite_is_no_result(capsys):
+    assert run("denoise", "--path camera --crop 32 --lr 1e30") == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not list(Path("images").rglob("restored.png"))
+
+
+def test_a_wrong_share_of_the_images_is_refused(monkeypatch, capsys):
+    write("in/a.png")
+    for rank, world in (("2", "2"), ("x", "2"), ("0", "0")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert run("denoise", "--path in/a.png") == 2
+        assert "RANK and WORLD_SIZE" in capsys.readouterr().err
+
+
+def test_a_network_that_dies_starts_over(capsys, monkeypatch):
+    flags = "--path camera --crop 32 --lr 0.1 --iteration 100 --test_frequency 50"
+    flags += " --recipe paper"
+    monkeypatch.setattr(self2self, "ATTEMPTS", 1)
+    assert run("denoise", flags) == 1
+    out, err = capsys.readouterr()
+    assert "by step 100: started over at the mean, learning rate 0.05" in out
+    assert "by step 100; a lower --lr than 0.1 cures it" in err
+    assert "started over" in Path("logs/denoise/log.txt").read_text()
+
+
+def test_a_network_that_dies_late_leaves_its_last_good_result(capsys, monkeypatch):
+    write("in/a.png")
+    monkeypatch.setattr(self2self, "EARLY", 150)
+    monkeypatch.setattr(denoise.Self2Self, "alive", lambda learner: learner.step < 200)
+    flags = "--path in/a.png --iteration 300 --test_frequency 100 --recipe paper"
+    assert run("denoise", flags) == 1
+    assert "the result of step 100 is kept" in capsys.readouterr().err
+    (restored,) = Path("images").rglob("restored.png")
+    kept = restored.with_name("Self2Self-100.png")
+    assert restored.read_bytes() == kept.read_bytes()
+    record = json.loads(restored.with_name("record.json").read_text())
+    assert [row[0] for row in record["rows"]] == [100]
+    log = Path("logs/denoise/log.txt").read_text()
+    assert "failed: in/a.png: the network died" in log
+    assert "step     200" not in log

@@ -1,0 +1,149 @@
+"""How options, the scripts' values and the recipe's make the settings, and the folder's name."""
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+from scripts import ROOT, SCRIPTS, run, write
+
+import denoise
+import utils
+from network import recipes
+
+
+def parse(flags, task="denoise"):
+    """Read a command line; return the options' values."""
+    script = SCRIPTS[task]
+    words = shlex.split(flags) if isinstance(flags, str) else flags
+    return vars(utils.parse_arguments("", script.DEFAULTS, script.decide, words))
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_shell_and_python_defaults_agree(task):
+    text = (ROOT / f"{task}.sh").read_text().replace("\\\n", " ")
+    words = shlex.split(text, comments=True)
+    assert words[-1] == "$@"
+    flags = words[words.index("--path") : -1]
+    assert parse(flags, task) == parse([], task)
+    assert {f"--{name}" for name in SCRIPTS[task].DEFAULTS} >= set(flags[::2])
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_every_option_has_a_default_and_the_others_a_recipe_decides(task):
+    script = SCRIPTS[task]
+    assert script.DEFAULTS.keys() <= utils.OPTIONS.keys()
+    for name in utils.OPTIONS.keys() & recipes.RECIPES["paper"].keys():
+        assert script.DEFAULTS[name] is None
+    assert recipes.RECIPES["fast"].keys() == recipes.RECIPES["paper"].keys()
+
+
+def test_a_flag_wins_over_the_script_and_the_script_over_the_recipe(monkeypatch):
+    fast = parse("--sigma 5")
+    assert fast | recipes.decided("fast", 5) == fast
+    paper = parse("--sigma 5 --recipe paper")
+    assert paper | recipes.decided("paper") == paper
+    changed = {k for k in fast if fast[k] != paper[k]}
+    assert changed == recipes.RECIPES["fast"].keys() | {"recipe"}
+    monkeypatch.setitem(denoise.DEFAULTS, "lr", 0.25)
+    assert parse("--sigma 5") == fast | {"lr": 0.25}
+    flags = "--sigma 5 --lr 0.5 --iteration 7 --drop_rate 0.1"
+    assert parse(flags) == fast | {"lr": 0.5, "iteration": 7, "drop_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("flags", "drop_rate", "power"),
+    [
+        ("", 0.3, 3),
+        ("--sigma 0", 0.2, 3),
+        ("--sigma 14.9", 0.2, 3),
+        ("--sigma 15", 0.3, 3),
+        ("--sigma 39.9", 0.3, 3),
+        ("--sigma 40", 0.3, 1),
+        ("--sigma 5 --observed", 0.3, 3),
+        ("--sigma 50 --observed", 0.3, 3),
+        ("--recipe paper --sigma 5", 0.3, None),
+    ],
+)
+def test_fast_goes_by_the_noise_where_it_is_known(flags, drop_rate, power):
+    chosen, blurred = parse(flags), parse(flags, "deblur")
+    assert (chosen["drop_rate"], chosen["averaging_power"]) == (drop_rate, power)
+    assert blurred["drop_rate"] == 0.3
+    assert blurred["averaging_power"] == (3 if power else None)
+
+
+def test_fast_fuses_where_it_pays():
+    def fuses(task, flags):
+        return parse(flags, task)["fuse"] == "on"
+
+    assert fuses("denoise", "") and fuses("deblur", "--kernel psf.npy")
+    assert fuses("deblur", "--fuse on") and fuses("denoise", "--observed --fuse on")
+    for flags in ("--sigma 0", "--drop_rate 0", "--num_prediction 1", "--observed"):
+        assert not fuses("denoise", flags)
+        assert not fuses("deblur", f"--kernel psf.npy {flags}")
+    assert not fuses("deblur", "")  # a Gaussian blur
+    assert not fuses("denoise", "--recipe paper")
+
+
+def test_who_sets_a_rate_or_steps_is_told_of_the_published_recipe(capsys):
+    for flags, lines in (
+        ("", 0),
+        ("--lr 1e-3", 1),
+        ("--iteration 9", 1),
+        ("--recipe paper --lr 1e-3", 0),
+    ):
+        parse(flags)
+        assert capsys.readouterr().out.count("--recipe paper") == lines
+
+
+def test_edited_defaults_are_checked_like_flags(monkeypatch, capsys):
+    write("in/a.png")
+    monkeypatch.setitem(denoise.DEFAULTS, "sigma", 10)
+    assert run("denoise", "--path in/a.png") == 0
+    assert folders_of("in/a.png") == {"sigma10_fast_iteration4_num_prediction2"}
+    for name, value in (("drop_rate", 1.5), ("optimizer", "sgd")):
+        with monkeypatch.context() as patch:
+            patch.setitem(denoise.DEFAULTS, name, value)
+            assert run("denoise", "--path in/a.png") == 2
+        assert f"--{name}" in capsys.readouterr().err
+
+
+def folders_of(image, task="denoise"):
+    return {f.name for f in Path("images", image, task).iterdir()}
+
+
+def test_names_of_results_folders():
+    write("in/a.png")
+    for flags in (
+        "--num_prediction 100 --recipe paper",
+        "--optimizer adamw --seed 1 --lr 1e-3 --bs 2 --crop 32 --sigma 10",
+        "--recipe paper --iteration 3 --sigma 2.5",
+        "--observed",
+        "--observed --fuse on --noise_sigma 7",
+    ):
+        assert run("denoise", f"--path in/a.png {flags}") == 0
+    ending = "num_prediction2"
+    assert folders_of("in/a.png") == {
+        "sigma25_paper",
+        f"sigma10_fast_crop32_iteration4_lr0.001_optimizer-adamw_bs2_seed1_{ending}",
+        f"sigma2.5_paper_{ending}",
+        f"observed_fast_iteration4_{ending}",
+        f"observed_fast_iteration4_fuse-on_{ending}_noise_sigma7",
+    }
+
+
+def test_psf_file_names_the_folder():
+    write("a.png")
+    for number in (1, 2):
+        np.save("k.npy", np.eye(2, 3) + number)
+        assert run("deblur", "--path a.png --kernel k.npy") == 0
+    assert run("deblur", "--path a.png --kernel_size 9 --kernel_sigma 1.5") == 0
+    (folder,) = Path("images").glob("*/a.png/deblur")
+    names = sorted(f.name for f in folder.iterdir())
+    assert len(names) == 3
+    assert names[0].startswith("sigma10_gaussian9-1.5_fast_")
+    assert all(n.startswith("sigma10_k-") for n in names[1:])
+    saved = scipy.io.loadmat(next(folder.glob("*_k-*/kernel.mat")))["kernel"]
+    assert saved.shape == (2, 3)
+    assert saved.sum() == pytest.approx(1)

@@ -1,0 +1,202 @@
+"""The two scripts, from the command line to the files they leave."""
+
+import csv
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import scipy.io
+from scripts import QUICK, RNG, ROOT, SCRIPTS, files, run, without_seconds, write
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_shell_script_from_another_folder(task, folder):
+    write("my pictures/a.png", channels=3)
+    done = subprocess.run(
+        ["sh", ROOT / f"{task}.sh", "--path", "my pictures/a.png", *QUICK.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    settings = {"denoise": "sigma25", "deblur": "sigma10_gaussian15-1"}[task]
+    results = folder / "images/my pictures/a.png" / task
+    made = {"Self2Self-2.png", "Self2Self-4.png", "noisy.png", "noise.mat"}
+    made |= {"restored.png", "comparison.png", "record.json"}
+    made |= {"checkpoint.pt"} | ({"error.mat"} if task == "denoise" else set())
+    if task == "deblur":
+        made |= {"blurred.png", "kernel.mat"}
+    (results,) = results.iterdir()
+    assert results.name == f"{settings}_fast_iteration4_num_prediction2"
+    assert set(files(results)) == made
+    ends = (".txt", ".csv", ".png", "-summary.csv")
+    assert set(files(folder / "logs")) == {f"{task}/log{end}" for end in ends}
+    table = (folder / f"logs/{task}/log.csv").read_text()
+    rows = list(csv.DictReader(table.splitlines()))
+    assert [row["step"] for row in rows] == ["2", "4"]
+    log = (folder / f"logs/{task}/log.txt").read_text()
+    assert f"PSNR {float(rows[-1]['psnr']):.3f} dB" in log
+    noise = scipy.io.loadmat(results / "noise.mat")["noise"]
+    assert noise.shape == (32, 32, 3)
+    sigma = {"denoise": 25, "deblur": 10}[task]
+    assert noise.std() * 255 == pytest.approx(sigma, rel=0.05)
+    restored = cv2.imread(str(results / "restored.png"), cv2.IMREAD_UNCHANGED)
+    assert restored.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_fused_results_state_the_plain_ensemble_too(task):
+    assert run(task, "--path astronaut --crop 48 --recipe paper --fuse on") == 0
+    assert (
+        run(task, "--path astronaut --crop 48 --recipe paper --log_path off/log.txt")
+        == 0
+    )
+    logs = Path(f"logs/{task}"), Path("off")
+    tables = [list(csv.DictReader((log / "log.csv").open())) for log in logs]
+    for fused, plain in zip(*tables, strict=True):
+        assert fused["ensemble_psnr"] == plain["ensemble_psnr"] == plain["psnr"]
+        assert fused["psnr"] != plain["psnr"]
+    texts = [(log / "log.txt").read_text() for log in logs]
+    told = f"plain ensemble {float(tables[1][-1]['psnr']):.3f} dB"
+    assert [told in text for text in texts] == [True, False]
+    fused, plain = sorted(Path(f"images/skimage/astronaut/{task}").iterdir())
+    assert "_fuse-on" in fused.name and "fuse" not in plain.name
+    error = scipy.io.loadmat(fused / "error.mat")["error"]
+    assert error.shape == (48, 48, 3) and error.min() >= 0
+    assert not (plain / "error.mat").exists()
+
+
+def test_an_observed_images_noise_is_given_or_estimated():
+    noisy = RNG.normal(128, 20, (64, 64)).clip(1, 254).astype(np.uint8)
+    Path("in").mkdir()
+    cv2.imwrite("in/a.png", noisy)
+    errors, sigmas = [], []
+    for flags in ("", "--noise_sigma 20", "--noise_sigma 60"):
+        assert run("denoise", f"--path in/a.png --observed --fuse on {flags}") == 0
+        log = Path("logs/denoise/log.txt").read_text()
+        sigmas.append(float(re.search(r"noise sigma ([\d.]+)", log)[1]))
+    assert sigmas == [pytest.approx(20, rel=0.1), 20, 60]
+    for name in ("", "_noise_sigma20", "_noise_sigma60"):
+        (made,) = Path("images/in/a.png/denoise").glob(f"observed*prediction2{name}")
+        errors.append(scipy.io.loadmat(made / "error.mat")["error"].mean())
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+    assert errors[2] > errors[1]
+    assert run("denoise", "--path in/a.png --observed") == 0
+    log = Path("logs/denoise/log.txt").read_text()
+    assert "fuse: off" in log and "noise sigma" not in log  # a camera's is not white
+
+
+def test_bundled_image_and_model_type():
+    assert run("denoise", "--path coins --crop 32 --model_type x") == 0
+    assert list(Path("images/skimage/coins").iterdir()) == [
+        Path("images/skimage/coins/x")
+    ]
+
+
+def test_a_seed_repeats_byte_for_byte_whatever_the_test_frequency(folder, monkeypatch):
+    write("in/a.png", channels=3)
+    results = []
+    for name, frequency in (("one", "1"), ("two", "3"), ("three", "3")):
+        (folder / name).mkdir()
+        monkeypatch.chdir(folder / name)
+        flags = f"--path {folder}/in/a.png --test_frequency {frequency}"
+        assert run("deblur", flags) == 0
+        results.append(without_seconds(files("images")))
+    assert results[1] == results[2]
+    last = next(k for k in results[0] if k.endswith("restored.png"))
+    assert results[0][last] == results[1][last]
+    assert any(k.endswith("Self2Self-1.png") for k in results[0])
+
+
+def test_noise_depends_on_seed_and_shape_alone():
+    write("in/a.png")
+    for flags in ("--drop_rate 0.3", "--drop_rate 0.6 --optimizer adamw", "--seed 1"):
+        assert run("denoise", f"--path in/a.png {flags}") == 0
+    made = sorted(Path("images").rglob("noise.mat"), key=lambda f: "seed1" in str(f))
+    first, same, other = (scipy.io.loadmat(f)["noise"] for f in made)
+    assert (first == same).all()
+    assert not (first == other).any()
+
+
+def test_sigma_zero_adds_nothing():
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png --sigma 0") == 0
+    (noisy,) = Path("images").rglob("noisy.png")
+    assert (cv2.imread(str(noisy)) == cv2.imread("in/a.png")).all()
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_observed_image_is_taken_as_it_is(task):
+    write("in/a.png")
+    write("in/clean.png")
+    assert run(task, "--path in/a.png --observed") == 0
+    log = Path(f"logs/{task}/log.txt").read_text()
+    assert "loss" in log
+    assert "PSNR" not in log
+    made = {Path(f).name for f in files("images")}
+    assert "noise.mat" not in made
+    assert "blurred.png" not in made
+    (noisy,) = Path("images").rglob("noisy.png")
+    assert (cv2.imread(str(noisy)) == cv2.imread("in/a.png")).all()
+    assert run(task, "--path in/a.png --observed --reference in/clean.png") == 0
+    assert "PSNR" in Path(f"logs/{task}/log.txt").read_text()
+
+
+def test_sixteen_bits_alpha_and_format_are_kept():
+    write("in/a.tif", channels=4, dtype=np.uint16)
+    write("in/a.png")
+    assert run("denoise", "--path in") == 0
+    (restored,) = Path("images").rglob("restored.tif")
+    pixels = cv2.imread(str(restored), cv2.IMREAD_UNCHANGED)
+    assert pixels.dtype == np.uint16
+    given = cv2.imread("in/a.tif", cv2.IMREAD_UNCHANGED)
+    assert (pixels[..., 3] == given[..., 3]).all()
+    assert (pixels[..., :3] % 257).any()
+    assert len(list(Path("images/in").iterdir())) == 2
+
+
+def test_a_log_of_another_kind_is_kept():
+    write("in/a.png")
+    Path("logs/denoise").mkdir(parents=True)
+    Path("logs/denoise/log.txt").write_bytes(b"\xff")
+    assert run("denoise", "--path in/a.png --resume") == 0
+    assert Path("logs/denoise/log~1.txt").read_bytes() == b"\xff"
+
+
+def test_same_settings_replace_and_others_are_kept(capsys):
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png --test_frequency 1") == 0
+    (results,) = Path("images/in/a.png/denoise").iterdir()
+    (results / "mine.txt").write_text("a note of the user's")
+    assert run("denoise", "--path in/a.png") == 0
+    assert "replacing the earlier results" in capsys.readouterr().out
+    assert not (results / "Self2Self-1.png").exists()
+    assert (results / "mine.txt").exists()
+    assert Path("logs/denoise/log~1.txt").exists()
+    assert Path("logs/denoise/log~1.csv").exists()
+    before = files(results)
+    write("in/a.png")  # another picture of the same name
+    assert run("denoise", "--path in/a.png") == 0
+    assert files(results.with_name(results.name + "~1")) == before
+
+
+def test_record_states_the_settings():
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png --lr 0.002") == 0
+    (path,) = Path("images").rglob("record.json")
+    record = json.loads(path.read_text())
+    assert record["made_from"]["lr"] == 0.002
+    assert [row[0] for row in record["rows"]] == [2, 4]
+
+
+def test_training_learns():
+    flags = "--path coffee --crop 64 --sigma 50 --iteration 60"
+    flags += " --test_frequency 60 --num_prediction 10"
+    assert run("denoise", flags) == 0
+    (path,) = Path("images").rglob("record.json")
+    record = json.loads(path.read_text())
+    assert record["rows"][-1][2] > record["observation"][0] + 4
