@@ -45,10 +45,6 @@ class InputError(Exception):
     """Something that the user gave cannot be used; the text names it and the cure."""
 
 
-class Stopped(Exception):
-    """The user or the system asked the run to stop; its state is saved."""
-
-
 def fail(error):
     """Report on stderr what cannot be done; return the exit status 2."""
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
@@ -77,13 +73,6 @@ def name(value):
     """An argparse type: what can be written in a log, and passed to OpenCV."""
     if not value or not is_utf8(value):
         raise argparse.ArgumentTypeError(f"{value!r} is empty or not UTF-8")
-    return value
-
-
-def folder_name(value):
-    """An argparse type: the name of a folder in another."""
-    if Path(name(value)).name != value:
-        raise argparse.ArgumentTypeError(f"{value!r}: no name of a folder")
     return value
 
 
@@ -138,22 +127,13 @@ OPTIONS = {
     "num_prediction": (count, "predictions averaged"),
     "fuse": (("on", "off"), "give back what the residual holds besides noise"),
     "noise_sigma": (positive, "noise of an --observed image, for fusing"),
-    "model_type": (folder_name, "name of the results folder"),
+    "model_type": (name, "name of the results folder"),
     "log_path": (name, "log file; its CSV and curves stand beside it"),
 }
-# What leaves the restored pixels as they are.
-IRRELEVANT = {"path", "reference", "resume", "test_frequency", "device"}
-IRRELEVANT |= {"model_type", "log_path"}
-# What the results folder's name tells in its own way.
-NAMED = {"sigma", "observed", "recipe", "kernel_size", "kernel_sigma", "kernel"}
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument parser that reports an error in one line."""
-
-    def error(self, message):
-        """Print the message on stderr and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+# What leaves the restored pixels as they are; what a folder's name tells in its own way.
+IRRELEVANT = ["path", "reference", "resume", "test_frequency", "device", "model_type"]
+IRRELEVANT += ["log_path"]
+NAMED = ["sigma", "observed", "recipe", "kernel_size", "kernel_sigma", "kernel"]
 
 
 def parse_arguments(description, defaults, decide, argv=None):
@@ -170,17 +150,16 @@ def parse_arguments(description, defaults, decide, argv=None):
         The options' values, `device` as a torch.device, with the recipe's ingredients
         that are no options. Errors exit with status 2.
     """
-    parser = Parser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.error = lambda told: parser.exit(2, f"{parser.prog}: error: {told}\n")
     words = []  # the script's values, as flags: they are checked alike
     for key, default in defaults.items():
         kind, told = OPTIONS[key]
-        how = {"type": kind}
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
             words += [f"--{key}" if default else f"--no-{key}"]
-        elif isinstance(kind, tuple):
-            how = {"choices": kind}
-        if kind is not bool and default is not None:
+        elif default is not None:
             words += [f"--{key}={default}"]
         shown = "the recipe's" if key in RECIPES["paper"] else default
         parser.add_argument(f"--{key}", help=f"{told} (default: {shown})", **how)
@@ -195,6 +174,8 @@ def parse_arguments(description, defaults, decide, argv=None):
         if asked == "on":
             parser.error("--fuse on needs a --drop_rate and several predictions")
         args.fuse = "off"
+    if Path(args.model_type).name != args.model_type:
+        parser.error(f"--model_type {args.model_type!r}: no name of a folder")
     if args.reference and not args.observed:
         parser.error("--reference goes with --observed")
     if args.noise_sigma and not (args.observed and args.fuse == "on"):
@@ -332,7 +313,8 @@ def read_picture(path, crop=0):
     if crop:
         top, left = max(0, height - crop) // 2, max(0, width - crop) // 2
         pixels = pixels[top : top + crop, left : left + crop]
-    reason = unusable(pixels, path.suffix.lower() in (".jpg", ".jpeg"))
+    jpeg = path.suffix.lower() in (".jpg", ".jpeg")
+    reason = unusable(pixels, jpeg)
     if reason:
         raise InputError(f"{path}: {reason}")
     color, alpha = pixels[..., :3], pixels[..., 3] if pixels.shape[2] == 4 else None
@@ -345,12 +327,7 @@ def read_picture(path, crop=0):
 
 
 def unusable(pixels, jpeg):
-    """Say why pixels (H, W, channels) cannot be restored; None where they can.
-
-    Args:
-        pixels: as OpenCV has them.
-        jpeg: whether the file's name says that it is a JPEG.
-    """
+    """Say why a file's pixels (H, W, channels) cannot be restored; None where they can."""
     height, width, channels = pixels.shape
     if pixels.dtype not in (np.uint8, np.uint16, np.float32, np.float64):
         return f"{pixels.dtype} pixels; convert it to 8 or 16 bits"
@@ -578,6 +555,8 @@ class Result:
         Args:
             failed: why there is no more to come, where that is so.
         """
+        if failed and not self.begun:
+            return
         if not failed and (not self.rows or self.rows[-1][0] < self.args.iteration):
             raise FloatingPointError("the output is not finite; lower --lr")
         self.notes += [f"failed: {failed}"] if failed else []
@@ -719,27 +698,27 @@ class Run:
             self._name_logs()
             self.files = find_images(args.path)
             self._check()
-        except InputError as error:
-            sys.exit(fail(error))
-        except OSError as error:
-            sys.exit(fail(f"{error.filename or args.path}: {error.strerror}"))
-        own = self.files[self.rank :: self.world]
-        self.paths = [f for f in own if len(self.files) == 1 or self._readable(f)]
-        self.handlers = {
-            s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)
-        }
+        except (InputError, OSError) as error:
+            sys.exit(fail(reason(error)))
+        self.paths = self.files[self.rank :: self.world]
+        for path in list(self.paths) if len(self.files) > 1 else ():
+            try:  # a bad one is better known before a long run
+                read_picture(path, args.crop)
+            except (InputError, OSError) as error:
+                fail(reason(error))
+                self.failed.append(path)
+                self.paths.remove(path)
 
     def _name_settings(self, usual, psf):
         """Say what decides the restored pixels, as a dictionary and as a folder's name."""
-        values = vars(self.args).items()
-        told = {k: v for k, v in values if k not in IRRELEVANT | NAMED}
-        if self.args.schedule == "constant":
+        args = self.args
+        told = {k: v for k, v in vars(args).items() if k not in IRRELEVANT + NAMED}
+        if args.schedule == "constant":
             del told["iteration"]  # a longer run goes on from a shorter one
-        sigma = None if self.args.observed else self.args.sigma
-        self.settings = told | {"recipe": self.args.recipe, "sigma": sigma, "psf": psf}
+        sigma = None if args.observed else args.sigma
+        self.settings = told | {"recipe": args.recipe, "sigma": sigma, "psf": psf}
         parts = ["observed" if sigma is None else f"sigma{sigma:g}"]
-        parts += [psf] if psf else []
-        parts += [self.args.recipe]
+        parts += [psf, args.recipe] if psf else [args.recipe]
         for key, value in told.items():
             if value != usual[key]:
                 parts += [f"{key}-{value}" if type(value) is str else f"{key}{value:g}"]
@@ -750,16 +729,13 @@ class Run:
         texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         self.rank, self.world = (int(x) if x.isdecimal() else -1 for x in texts)
         if not 0 <= self.rank < self.world:
-            raise InputError(
-                "RANK and WORLD_SIZE: {}, {}; 0, 1 is one process".format(*texts)
-            )
+            raise InputError(f"RANK and WORLD_SIZE: {texts}; 0, 1 is one process")
         log = Path(self.args.log_path)
         stem = log.name.removesuffix(".txt")
         self.totals = log.with_name(f"{stem}-summary.csv")
         self.ends = [log.with_name(f"{stem}.rank{r}.done") for r in range(self.world)]
-        rank = f".rank{self.rank}" if self.world > 1 else ""
-        log = log.with_name(stem + rank + log.suffix)
-        self.logs = log, *(log.with_name(stem + rank + e) for e in (".csv", ".png"))
+        stem += f".rank{self.rank}" if self.world > 1 else ""
+        self.logs = [log.with_name(stem + end) for end in (log.suffix, ".csv", ".png")]
 
     def _check(self):
         """Raise InputError where a file would be written in another's place, or cannot."""
@@ -782,16 +758,6 @@ class Run:
                     "another folder"
                 )
 
-    def _readable(self, path):
-        """Look at one of many images before any training, and report a bad one."""
-        try:
-            read_picture(path, self.args.crop)
-        except (InputError, OSError) as error:
-            fail(error)
-            self.failed.append(path)
-            return False
-        return True
-
     def folder(self, path):
         """Say where the results of an image go."""
         names = *result_names(path), self.args.model_type, self.settings_name
@@ -799,52 +765,42 @@ class Run:
 
     @contextmanager
     def image(self, path):
-        """Give the Result of one image; report what goes wrong, so that the next goes on."""
-        result, told = Result(path, self.folder(path), self.args, self.settings), None
+        """Give the Result of one image; report what goes wrong, so that the next goes on.
+
+        Ctrl-C and SIGTERM stop the run after the step, at once the second time.
+        """
+        result = Result(path, self.folder(path), self.args, self.settings)
         self.results.append(result)
+        signals = signal.SIGINT, signal.SIGTERM
+        handlers = [(number, signal.signal(number, self._stop)) for number in signals]
         try:
             yield result
-        except InputError as error:
-            told = str(error)
-        except FloatingPointError as error:
-            told = f"{path}: {error}"
-        except OSError as error:
-            told = f"{error.filename or path}: {error.strerror or error}"
-        except (MemoryError, RuntimeError) as error:
-            known = MemoryError, torch.OutOfMemoryError
-            if not isinstance(error, known) and "t allocate" not in str(error):
+        except Exception as error:
+            told = reason(error, result)
+            if told is None:
                 raise
-            told = f"{path}: out of memory at {result.size}; a --crop, a smaller --bs,"
-            told += " --fuse off or --device cpu needs less"
-        except Stopped:
-            command = shlex.join([*sys.argv, "--resume"])
-            fail(
-                f"{path}: stopped at step {result.saved_step}; go on with: python {command}"
-            )
-            self._end(128 + self.stopped)
-        except KeyboardInterrupt:
-            fail(f"{path}: interrupted; --resume goes on from the last checkpoint")
-            self._end(130)
+            if result.rows:
+                told += f"; the result of step {result.rows[-1][0]} is kept"
+            fail(told)
+            self.failed.append(path)
+            with suppress(OSError):  # which may be what failed
+                result.finish(failed=told)
         finally:
             if self.bar is not None:
                 self.bar.close()
             self.bar = None
-        if told:
-            self._report(result, told)
-        with suppress(OSError):  # a full disk, which has been reported
-            if result.begun:
-                self._write_log(curves=True)
-        result.release()
+            with suppress(OSError):  # a full disk, which has been reported
+                if result.begun:
+                    self._write_log(curves=True)
+            result.release()
+            for number, handler in handlers:
+                signal.signal(number, handler)
 
-    def _report(self, result, told):
-        """Say that an image failed, and keep what there is of it."""
-        if result.rows:
-            told += f"; the result of step {result.rows[-1][0]} is kept"
-        fail(told)
-        self.failed.append(result.path)
-        with suppress(OSError):  # which is what failed
-            if result.begun:
-                result.finish(failed=told)
+    def _stop(self, number, _):
+        if self.stopped:
+            fail("interrupted; --resume goes on from the last checkpoint")
+            sys.exit(128 + number)
+        self.stopped = number
 
     def advance(self, step):
         """Show the progress, log what is new, and end the run where it was told to stop.
@@ -863,7 +819,9 @@ class Run:
         if result.changed:
             self._write_log()
         if self.stopped and result.saved_step == step:
-            raise Stopped
+            command = shlex.join([*sys.argv, "--resume"])
+            fail(f"{result.name}: stopped at step {step}; go on with: python {command}")
+            sys.exit(128 + self.stopped)
 
     def finish(self):
         """Write and print the totals; return the exit status.
@@ -884,9 +842,8 @@ class Run:
                 status = int(last and any(end.read_bytes() for end in self.ends))
             self._write_totals()
         except OSError as error:
-            fail(f"{error.filename}: {error.strerror}")
-            status = 1
-        self._restore_handlers()
+            fail(reason(error))
+            return 1
         return status
 
     def _write_totals(self):
@@ -932,19 +889,23 @@ class Run:
         if curves:
             write_atomically(picture, plot(begun))
 
-    def _stop(self, number, _):
-        """Stop after the step, the first time; at once, the second."""
-        if self.stopped:
-            raise KeyboardInterrupt
-        self.stopped = number
 
-    def _end(self, status):
-        self._restore_handlers()
-        sys.exit(status)
-
-    def _restore_handlers(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+def reason(error, result=None):
+    """Say in a line what went wrong; None where it is a mistake of this program."""
+    if isinstance(error, OSError):
+        named = f"{error.filename}: " if error.filename else ""
+        return f"{named}{error.strerror or error}"
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, FloatingPointError):
+        return f"{result.path}: {error}"
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if known or (isinstance(error, RuntimeError) and "t allocate" in str(error)):
+        return (
+            f"{result.path}: out of memory at {result.size}; a --crop, a smaller --bs, "
+            "--fuse off or --device cpu needs less"
+        )
+    return None
 
 
 def csv_text(rows):

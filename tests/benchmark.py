@@ -1,6 +1,6 @@
 """Time a training step and the ensemble: a plain eager one against the one that the scripts use.
 
-Run by hand, on a quiet machine: python tests/benchmark.py [--device cuda] [--sizes 256]
+Run by hand, on a quiet machine: python tests/benchmark.py [--recipe paper] [--sizes 256]
 
 Both live in processes of their own, which take turns, so that neither's memory nor its
 settings touch the other's. Both have PyTorch's default precision (TF32 convolutions
@@ -17,17 +17,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import utils  # before PyTorch, for which it sets the environment
-
-# isort: split
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from network import Self2Self
+import denoise
+import utils
+from network import Self2Self, recipes
+from network.muon import Muon
 
 DROP_RATE = 0.3
-STEPS = 150_000  # of the paper recipe
+STEPS = {name: made["iteration"] for name, made in recipes.RECIPES.items()}
 
 
 class PlainPConv2d(nn.Module):
@@ -82,12 +82,20 @@ class PlainPunet(nn.Module):
 
 
 class Plain:
-    """A learner with the plain network, unfused Adam and the loss read at every step."""
+    """A learner with the plain network, unfused Adam and the loss read at every step.
 
-    def __init__(self, device, channels, size):
+    With the recipe fast it has Muon, too, for the same weights as ours.
+    """
+
+    def __init__(self, recipe, device, channels, size):
         self.y = torch.rand(1, channels, size, size, device=device)
         self.network = PlainPunet(channels).to(device)
-        self.adam = torch.optim.Adam(self.network.parameters(), 1e-4, foreach=False)
+        weights, wide = list(self.network.parameters()), []
+        if recipe == "fast":
+            wide = [w for w in weights if w.ndim == 4 and min(w.shape[:2]) >= 32]
+        rest = [w for w in weights if all(w is not other for other in wide)]
+        self.optimizers = [torch.optim.Adam(rest, 1e-4, foreach=False)]
+        self.optimizers += [Muon(wide, torch.tensor(1e-4))] if wide else []
 
     def sample(self):
         """Predict from one Bernoulli sample, flipped at random."""
@@ -99,9 +107,10 @@ class Plain:
     def train_step(self):
         prediction, mask = self.sample()
         loss = ((1 - mask) * (prediction - self.y) ** 2).sum() / (1 - mask).sum()
-        self.adam.zero_grad()
+        self.network.zero_grad()
         loss.backward()
-        self.adam.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return loss.item()
 
     def predict(self, num_prediction):
@@ -114,17 +123,17 @@ def identity(x):
     return x
 
 
-def our_learner(device, channels, size):
+def our_learner(recipe, device, channels, size):
     """The learner as the scripts use it."""
-    utils.tune_cpu()
-    learner = Self2Self(
-        drop_rate=DROP_RATE, lr=1e-4, optimizer="adam", bs=1, seed=0, device=device
-    )
+    flags = ["--recipe", recipe, "--device", str(device)]
+    defaults, decide = denoise.DEFAULTS, denoise.decide
+    args = utils.parse_arguments(__doc__, defaults, decide, flags)
+    learner = Self2Self(**recipes.learner_settings(args))
     learner.begin(torch.rand(channels, size, size).numpy(), identity)
     return learner
 
 
-def work(kind, device, channels, size):
+def work(kind, recipe, device, channels, size):
     """Answer each line of standard input ("step 3", "predict 4", "peak") with a number."""
     device = torch.device(device)
     make = Plain if kind == "plain" else our_learner
@@ -138,7 +147,7 @@ def work(kind, device, channels, size):
 
     def start():
         nonlocal learner
-        learner = make(device, channels, size)
+        learner = make(recipe, device, channels, size)
         learner.train_step()
 
     def steps(count):
@@ -219,11 +228,12 @@ def convolution_flops(device):
     return operations / best
 
 
-def compare(device, channels, size, rounds):
+def compare(recipe, device, channels, size, rounds):
     """Time both learners in turns; return the table's cells."""
     count = 50 if device.type == "cuda" else 1
     predictions = 100 if device.type == "cuda" else 2
-    workers = [Worker(kind, device, channels, size) for kind in ("plain", "ours")]
+    settings = recipe, device, channels, size
+    workers = [Worker(kind, *settings) for kind in ("plain", "ours")]
     for worker in workers:
         worker.ask("step", 2 * count)
         worker.ask("predict", predictions)
@@ -247,7 +257,7 @@ def compare(device, channels, size, rounds):
         "plain pred/s": f"{1 / plain_test:.1f}",
         "ours pred/s": f"{1 / our_test:.1f}",
         "pred ratio": f"{plain_test / our_test:.2f}",
-        "150k steps": utils.duration(STEPS * ours),
+        "the recipe's": utils.duration(STEPS[recipe] * ours),
         "GFLOP/s": f"{speed / 1e9:.0f}",
         "of a conv": f"{speed / convolution_flops(device):.0%}",
         "start s": f"{workers[1].startup:.1f}",
@@ -257,15 +267,16 @@ def compare(device, channels, size, rounds):
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", choices=recipes.RECIPES, default="fast")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256])
     parser.add_argument("--channels", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        kind, device, channels, size = args.work
-        work(kind, device, int(channels), int(size))
+        *settings, channels, size = args.work
+        work(*settings, int(channels), int(size))
         return
     device = utils.choose_device(args.device)
     cuda = device.type == "cuda"
@@ -278,7 +289,7 @@ def main():
     for row, (size, channels) in enumerate(
         (size, channels) for size in args.sizes for channels in args.channels
     ):
-        cells = compare(device, channels, size, args.rounds)
+        cells = compare(args.recipe, device, channels, size, args.rounds)
         if row == 0:
             print("| " + " | ".join(cells) + " |")
             print("|---" * len(cells) + "|")

@@ -20,9 +20,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import utils  # before PyTorch, for which it sets the environment
-
-# isort: split
 import cv2
 import numpy as np
 import scipy.io
@@ -31,6 +28,7 @@ import tifffile
 from PIL import Image
 
 import deblur
+import utils
 
 SECONDS, GIB = 10, 2**20  # the latter in KiB, as getrusage counts
 # Sides that a header may claim: absurd, over OpenCV's limits, and just below its number

@@ -3,8 +3,8 @@
 Run by hand: python tests/quality.py [--images FOLDER] [--task deblur] [--steps 1000] ...
 Every run's scores are kept in a JSON file, --out; called again it goes on from there.
 
-A recipe is a name of utils.RECIPES, with changes behind it: "fast" or "fast,lr=0.0005",
-or "fast,-average": the ingredient taken away, as in the recipe "paper".
+A recipe is one of network/recipes.py, with changes behind it: "fast" or "fast,lr=0.0005",
+or "fast,-averaging_power": the ingredient taken away, as in the recipe "paper".
 """
 
 import argparse
@@ -17,9 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import utils  # before PyTorch, for which it sets the environment
-
-# isort: split
 import numpy as np
 import torch
 from skimage.restoration import (
@@ -31,26 +28,28 @@ from skimage.restoration import (
 
 import deblur
 import denoise
-from network import Self2Self
+import utils
+from network import Self2Self, recipes
 
 BUNDLED = ("camera", "brick", "coins", "astronaut", "chelsea", "coffee")
 SCRIPTS = {"denoise": denoise, "deblur": deblur}
 
 
-def settings(task, text, steps, seed, device, sigma):
+def settings(task, text, steps, seed, device, sigma, kernel):
     """Return the options' values that a recipe and a number of steps stand for."""
     name, *changes = text.split(",")
-    defaults = SCRIPTS[task].DEFAULTS | utils.RECIPES["paper"]
-    values = defaults | utils.decided(name, sigma if task == "denoise" else None)
+    script = SCRIPTS[task]
+    flags = {"recipe": name, "seed": seed, "device": device, "sigma": sigma}
+    flags |= {"iteration": steps} if steps else {}
+    flags |= {"kernel": kernel} if kernel else {}
+    words = [f"--{key}={value}" for key, value in flags.items()]
+    args = utils.parse_arguments("", script.DEFAULTS, script.decide, words)
+    paper = recipes.decided("paper")
     for change in changes:
-        if change.startswith("-"):
-            values[change[1:]] = defaults[change[1:]]
-        else:
-            key, value = change.split("=")
-            values[key] = type(values[key])(json.loads(value))
-    values |= {"iteration": steps or values["iteration"]}
-    values |= {"seed": seed, "device": device, "sigma": sigma}
-    return argparse.Namespace(**values)
+        key, _, value = change.removeprefix("-").partition("=")
+        value = json.loads(value) if value else paper[key]
+        setattr(args, key, value)
+    return args
 
 
 def learn(learner, y, operator, clean, args):
@@ -60,11 +59,10 @@ def learn(learner, y, operator, clean, args):
     over true squared error, and their correlation.
     """
     started = time.perf_counter()
-    learner.begin(y, operator)
-    lived = True
-    for step in range(1, args.iteration + 1):
+    deaths = []
+    learner.begin(y, operator, on_restart=deaths.append)
+    while learner.step < args.iteration:
         learner.train_step()
-        lived = lived and (step % 100 != 0 or learner.alive())
     restored = ensemble = learner.predict(args.num_prediction)
     predicted = correlation = math.nan
     if args.fuse == "on":
@@ -74,7 +72,7 @@ def learn(learner, y, operator, clean, args):
         correlation = float(np.corrcoef(error.ravel(), true.ravel())[0, 1])
     seconds = time.perf_counter() - started
     plain = utils.score(ensemble, clean)[0]
-    scores = *utils.score(restored, clean), seconds, lived
+    scores = *utils.score(restored, clean), seconds, not deaths
     return [*scores, plain, predicted, correlation]
 
 
@@ -143,12 +141,11 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="logs/quality.json")
     args = parser.parse_args()
-    utils.tune_cpu()
     device = utils.choose_device(args.device)
     out = Path(args.out)
     scores = json.loads(out.read_text()) if out.exists() else {}
     names = [args.images] if args.images else BUNDLED
-    files = [found for name in names for found in utils.find_images(name)]
+    files = [file for name in names for file in utils.find_images(name)]
     operator, psf = denoise.identity, None
     if args.task == "deblur":
         psf = deblur.gaussian_psf(15, 1.0)
@@ -167,20 +164,19 @@ def main():
 
     tables, learners = {}, {}
     cases = itertools.product(args.sigmas, args.seeds, files)
-    for sigma, seed, (file, folder) in cases:
-        picture = utils.read_picture(file, args.crop, folder)
-        clean = picture.image
+    for sigma, seed, file in cases:
+        clean = utils.read_picture(file, args.crop).image
         blurred = operator(torch.from_numpy(clean)[None])[0].numpy()
         y = blurred + utils.gaussian_noise(clean.shape, sigma, seed)
         case = (args.task, blur_name, sigma)
-        place = (*case, picture.folder, picture.name, args.crop, seed, device.type)
+        place = (*case, *utils.result_names(file), args.crop, seed, device.type)
         rows = tables.setdefault(case, {})
         values = [*utils.score(y, clean), 0.0, True]
         values += [values[0], math.nan, math.nan]
         rows.setdefault("observation", []).append(values)
         for text, steps in itertools.product(args.recipes, args.steps):
-            chosen = settings(args.task, text, steps, seed, device, sigma)
-            made_with = utils.learner_settings(chosen)
+            chosen = settings(args.task, text, steps, seed, device, sigma, args.kernel)
+            made_with = recipes.learner_settings(chosen)
             learner = learners.setdefault(str(made_with), Self2Self(**made_with))
             values = measured(
                 (

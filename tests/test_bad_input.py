@@ -142,7 +142,6 @@ def test_wrong_input_is_refused_in_one_line(bad_files, capfd):
     [
         (OSError(28, "No space left on device", "x.png"), "x.png: No space left", 1),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--crop", 1),
-        (KeyboardInterrupt(), "interrupted", 130),
     ],
 )
 def test_what_fails_later_is_one_line_too(error, words, status, monkeypatch, capsys):

@@ -139,3 +139,16 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
     assert "of step 3 already" in capsys.readouterr().err
     assert run("denoise", "--path in/a.png --recipe paper --resume") == 0
     assert "going on from step 3" in capsys.readouterr().out
+
+
+def test_a_second_signal_stops_at_once(monkeypatch, capsys):
+    write("in/a.png")
+
+    def train_step(learner):
+        os.kill(os.getpid(), 2)
+        os.kill(os.getpid(), 2)
+
+    monkeypatch.setattr(denoise.Self2Self, "train_step", train_step)
+    assert run("denoise", "--path in/a.png") == 130
+    err = capsys.readouterr().err
+    assert "interrupted" in err and err.count("\n") == 1
