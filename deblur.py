@@ -33,6 +33,7 @@ DEFAULTS = {
     "iteration": None,  # training steps
     "lr": None,  # learning rate
     "optimizer": None,  # adam, adamw or muon
+    "precision": None,  # float32, or bfloat16 on a CPU: faster if it has instructions
     "fuse": None,  # on: give the ensemble back what its residual holds besides noise
     "bs": 1,  # Bernoulli samples of the observation per step
     "seed": 0,  # of noise, weights, masks and dropout
@@ -50,7 +51,7 @@ DEFAULTS = {
 def decide(args):
     """Return what the recipe decides; what a Gaussian blur has taken away is gone."""
     fuse = bool(args.kernel and args.sigma) and not args.observed
-    return recipes.decided(args.recipe, fuse=fuse)
+    return recipes.decided(args.recipe, args.device, fuse=fuse)
 
 
 def gaussian_psf(size, sigma):

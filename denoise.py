@@ -18,6 +18,7 @@ DEFAULTS = {
     "iteration": None,  # training steps
     "lr": None,  # learning rate
     "optimizer": None,  # adam, adamw or muon
+    "precision": None,  # float32, or bfloat16 on a CPU: faster if it has instructions
     "fuse": None,  # on: give the ensemble back what its residual holds besides noise
     "bs": 1,  # Bernoulli samples of the observation per step
     "seed": 0,  # of noise, weights, masks and dropout
@@ -35,7 +36,7 @@ DEFAULTS = {
 def decide(args):
     """Return what the recipe decides for this noise; a camera's is not known, nor white."""
     sigma = None if args.observed else args.sigma
-    return recipes.decided(args.recipe, sigma, fuse=bool(sigma))
+    return recipes.decided(args.recipe, args.device, sigma, fuse=bool(sigma))
 
 
 def identity(x):

@@ -125,6 +125,7 @@ OPTIONS = {
     "resume": (bool, "go on from the checkpoint of an interrupted run"),
     "test_frequency": (count, "steps between ensemble predictions"),
     "num_prediction": (count, "predictions averaged"),
+    "precision": (("auto", "float32", "bfloat16"), "bfloat16: on a CPU"),
     "fuse": (("on", "off"), "give back what the residual holds besides noise"),
     "noise_sigma": (positive, "noise of an --observed image, for fusing"),
     "model_type": (name, "name of the results folder"),
@@ -167,6 +168,9 @@ def parse_arguments(description, defaults, decide, argv=None):
     if args.recipe == "fast" and (args.lr or args.iteration):
         print("The recipe is fast, but for your flags; --recipe paper is as published.")
     asked = args.fuse
+    args.precision = None if args.precision == "auto" else args.precision
+    if args.precision == "bfloat16" and args.device.type != "cpu":
+        parser.error("--precision bfloat16 is for --device cpu")
     for key, value in decide(args).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)

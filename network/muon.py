@@ -10,13 +10,20 @@ ITERATIONS = 5
 
 
 def orthogonalise(matrices):
-    """Bring the singular values of matrices (..., m, n), m <= n, to about one each."""
+    """Bring the singular values of matrices (..., m, n), m <= n, to about one each.
+
+    Every step multiplies x from the left by a polynomial of x x^T. Their product is found
+    from that m x m matrix alone: a third of the work.
+    """
     a, b, c = QUINTIC
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-12)
+    gram = x @ x.mT
+    product = one = torch.eye(x.shape[-2]).to(x)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
+        step = a * one + b * gram + c * gram @ gram
+        product = step @ product
+        gram = step @ gram @ step
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):

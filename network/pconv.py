@@ -48,9 +48,9 @@ class PConv2d(nn.Conv2d):
         """Convolve the kept entries of a feature map.
 
         Args:
-            x: features, (N, C, H, W).
+            x: features, (N, C, H, W), in the type to compute in.
             mask: 1 = kept, 0 = dropped; (N, C, H, W), or (N, 1, H, W), which all C
-                channels share.
+                channels share; in a type that counts a window's entries exactly.
 
         Returns:
             The output (N, out_channels, H', W') and the updated mask of the same shape:
@@ -63,11 +63,13 @@ class PConv2d(nn.Conv2d):
         )  # S, (N, 1, H', W')
         updated = kept.clamp(0, 1)
         ratio = self.numerator / (kept + 1e-8) * updated
+        mask, ratio, weight = (t.to(x.dtype) for t in (mask, ratio, self.weight))
         output = F.conv2d(
-            x * mask, self.weight, None, self.stride, self.padding, self.dilation
+            x * mask, weight, None, self.stride, self.padding, self.dilation
         )
         if self.bias is None:
             output = output * ratio
         else:
-            output = torch.addcmul(self.bias.view(-1, 1, 1), output, ratio)
+            bias = self.bias.to(x.dtype).view(-1, 1, 1)
+            output = torch.addcmul(bias, output, ratio)
         return output, updated.expand_as(output)

@@ -3,6 +3,8 @@
 Where a value is a dictionary it goes by the noise: from these sigmas (0-255 scale) on.
 """
 
+import torch
+
 RECIPES = {
     # The released TensorFlow code's training: the published method.
     "paper": {
@@ -16,6 +18,7 @@ RECIPES = {
         "start": "default",  # PyTorch's initial weights
         "averaging_power": None,  # the ensemble is of the last weights alone
         "fuse": "off",
+        "precision": "float32",
     },
     # Its quality and more in 1,000 steps.
     "fast": {
@@ -34,16 +37,24 @@ RECIPES = {
         # overfitted sooner, wants more of the early ones of.
         "averaging_power": {0: 3, 40: 1},
         "fuse": "on",
+        "precision": "auto",  # bfloat16 on a CPU that multiplies it, else float32
     },
 }
 UNKNOWN_SIGMA = 25  # taken where the noise is not known
 
 
-def decided(recipe, sigma=None, fuse=True):
+def multiplies_bfloat16(device):
+    """Tell whether a torch.device is a CPU that has instructions for bfloat16."""
+    able = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(map(able.get, ("avx512_bf16", "amx_bf16")))
+
+
+def decided(recipe, device, sigma=None, fuse=True):
     """Return what a recipe decides, option or ingredient -> value.
 
     Args:
         recipe: name of one of RECIPES.
+        device: a torch.device, where to compute.
         sigma: standard deviation of the noise, 0-255 scale; None where it is not known,
             or where a blur is there too.
         fuse: whether fusing may be worth it: the noise is white, and a blur, if there is
@@ -56,11 +67,16 @@ def decided(recipe, sigma=None, fuse=True):
         else value
         for name, value in RECIPES[recipe].items()
     }
-    return values if fuse else values | {"fuse": "off"}
+    if not fuse:
+        values["fuse"] = "off"
+    if values["precision"] == "auto":
+        fast = multiplies_bfloat16(device)
+        values["precision"] = "bfloat16" if fast else "float32"
+    return values
 
 
 def learner_settings(args):
     """Return what network.Self2Self is made with, from the options' values."""
     names = ("drop_rate", "iteration", "optimizer", "lr", "beta2", "schedule", "ratio")
-    names += ("start", "averaging_power", "bs", "seed", "device")
+    names += ("start", "averaging_power", "bs", "seed", "precision", "device")
     return {name: getattr(args, name) for name in names}

@@ -72,6 +72,8 @@ class Self2Self:
             t of T with weight (t / T)**averaging_power; None: they do not.
         bs: Bernoulli samples of the observation per step.
         seed: of the weights, the masks and the dropout.
+        precision: of feature maps and convolutions, "float32" or "bfloat16"; weights,
+            loss, optimisers and ensemble are float32.
         device: where to compute.
     """
 
@@ -89,6 +91,7 @@ class Self2Self:
         averaging_power,
         bs,
         seed,
+        precision,
         device,
     ):
         self.drop_rate, self.bs, self.seed = drop_rate, bs, seed
@@ -96,7 +99,7 @@ class Self2Self:
         self.initial_lr, self.schedule, self.iteration = lr, schedule, iteration
         self.ratio, self.initial_start = ratio, start
         self.averaging_power = averaging_power
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), getattr(torch, precision)
         self.y = None
         tune_cpu()
 
@@ -148,10 +151,9 @@ class Self2Self:
 
     def _build(self, y, forward_operator, network):
         """Make what lasts as long as the shape: the tensors that a captured step uses."""
-        on_cuda = self.device.type == "cuda"
-        layout = torch.channels_last if on_cuda else torch.contiguous_format
         self.y, self.forward_operator = y.clone(), forward_operator
-        self.network = copy.deepcopy(network).to(self.device, memory_format=layout)
+        self.network = copy.deepcopy(network)
+        self.network.to(self.device, memory_format=torch.channels_last)
         weights = list(self.network.parameters())
         wide, rest = [], []
         for weight in weights:
@@ -165,7 +167,7 @@ class Self2Self:
             lr=self.rate,
             fused=True,
             betas=(0.9, self.beta2),
-            capturable=on_cuda,
+            capturable=self.device.type == "cuda",
         )
         self.optimizers = [adam, Muon(wide, self.rate)] if wide else [adam]
         for weight in weights:
@@ -345,7 +347,8 @@ class Self2Self:
         flips = masks((n, 2, 1, 1), 0.5)
         mask = masks(y.shape, self.drop_rate).float()
         seen = flip(mask, flips)
-        prediction = self.network(flip(y, flips) * seen, seen, masks)
+        x = (flip(y, flips) * seen).to(self.dtype)
+        prediction = self.network(x, seen, masks)
         return flip(prediction, flips), mask
 
     def _train(self):

@@ -44,7 +44,7 @@ def settings(task, text, steps, seed, device, sigma, kernel):
     flags |= {"kernel": kernel} if kernel else {}
     words = [f"--{key}={value}" for key, value in flags.items()]
     args = utils.parse_arguments("", script.DEFAULTS, script.decide, words)
-    paper = recipes.decided("paper")
+    paper = recipes.decided("paper", args.device)
     for change in changes:
         key, _, value = change.removeprefix("-").partition("=")
         value = json.loads(value) if value else paper[key]

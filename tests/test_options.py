@@ -6,17 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+import torch
 from scripts import ROOT, SCRIPTS, run, write
 
 import denoise
 import utils
 from network import recipes
 
+CPU = torch.device("cpu")
+
 
 def parse(flags, task="denoise"):
     """Read a command line; return the options' values."""
     script = SCRIPTS[task]
     words = shlex.split(flags) if isinstance(flags, str) else flags
+    words = [*words, "--device", "cpu"]
     return vars(utils.parse_arguments("", script.DEFAULTS, script.decide, words))
 
 
@@ -41,10 +45,11 @@ def test_every_option_has_a_default_and_the_others_a_recipe_decides(task):
 
 def test_a_flag_wins_over_the_script_and_the_script_over_the_recipe(monkeypatch):
     fast = parse("--sigma 5")
-    assert fast | recipes.decided("fast", 5) == fast
+    assert fast | recipes.decided("fast", CPU, 5) == fast
     paper = parse("--sigma 5 --recipe paper")
-    assert paper | recipes.decided("paper") == paper
+    assert paper | recipes.decided("paper", CPU) == paper
     changed = {k for k in fast if fast[k] != paper[k]}
+    changed |= {"precision"}  # not on every processor
     assert changed == recipes.RECIPES["fast"].keys() | {"recipe"}
     monkeypatch.setitem(denoise.DEFAULTS, "lr", 0.25)
     assert parse("--sigma 5") == fast | {"lr": 0.25}
@@ -84,6 +89,21 @@ def test_fast_fuses_where_it_pays():
         assert not fuses("deblur", f"--kernel psf.npy {flags}")
     assert not fuses("deblur", "")  # a Gaussian blur
     assert not fuses("denoise", "--recipe paper")
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_fast_takes_bfloat16_where_the_processor_has_it(able, monkeypatch):
+    capabilities = {"avx512_bf16": able, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    for flags, precision in (
+        ("", "bfloat16" if able else "float32"),
+        ("--precision auto", "bfloat16" if able else "float32"),
+        ("--precision float32", "float32"),
+        ("--precision bfloat16", "bfloat16"),
+        ("--recipe paper", "float32"),
+    ):
+        assert parse(flags)["precision"] == precision
+    assert recipes.decided("fast", torch.device("cuda"))["precision"] == "float32"
 
 
 def test_who_sets_a_rate_or_steps_is_told_of_the_published_recipe(capsys):

@@ -155,18 +155,48 @@ def test_dropout_keeps_its_rate():
 
 
 @pytest.mark.parametrize("keep", [None, "float", "bool"])
+@pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 3), (6, 5)])
-def test_edge_pad_is_replicate_padding(size, keep):
-    maps = [random_image(2, c, *size).requires_grad_() for c in (2, 3)]
+def test_edge_pad_is_replicate_padding(size, joined, keep):
+    height, width = size
+    half = -(-height // 2), -(-width // 2)
+    x = random_image(2, 2, *(half if joined else size)).requires_grad_()
+    skip = random_image(2, 3, *size, seed=1).requires_grad_() if joined else None
+    plain = x
+    if joined:
+        up = F.interpolate(x, scale_factor=2, mode="nearest")[..., :height, :width]
+        plain = torch.cat((up, skip), 1)
     if keep:
-        drawn = torch.rand((2, 5, *size), generator=seeded(1)) < 0.7
+        drawn = torch.rand(plain.shape, generator=seeded(1)) < 0.7
         keep = drawn if keep == "bool" else drawn.float()
-    joined = torch.cat(maps, 1) * (1 if keep is None else keep)
-    expected = F.pad(joined, (1, 1, 1, 1), mode="replicate")
-    padded = EdgePad.apply(keep, *maps)
+    expected = F.pad(plain * (1 if keep is None else keep), (1,) * 4, mode="replicate")
+    padded = EdgePad.apply(keep, x, skip)
     assert torch.equal(padded, expected)
+    assert padded.is_contiguous(memory_format=torch.channels_last)
     weight = random_image(*expected.shape, seed=2)
+    sources = [x, skip] if joined else [x]
     grads, expected_grads = (
-        torch.autograd.grad((out * weight).sum(), maps) for out in (padded, expected)
+        torch.autograd.grad((out * weight).sum(), sources) for out in (padded, expected)
     )
     torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bfloat16_is_float32_but_for_rounding(channels):
+    torch.manual_seed(0)
+    network = Punet(channels, 0.3, "entries")
+    shape = (1, channels, 45, 33)
+    mask = block_mask(*shape).float()
+    x, target = random_image(*shape) * mask, random_image(*shape, seed=1)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        prediction = network(x.to(dtype), mask, Recorder())
+        assert prediction.dtype == torch.float32
+        loss = ((prediction - target) ** 2).mean()
+        results.append(torch.autograd.grad(loss, list(network.parameters())))
+        results[-1] += (prediction.detach(),)
+    for exact, rounded in zip(*results, strict=True):
+        assert rounded.dtype == torch.float32
+        difference = (rounded - exact).norm() / exact.norm()
+        # Gradients add up many roundings, of either sign.
+        assert 0 < difference < (1e-3 if exact is results[0][-1] else 0.25)
