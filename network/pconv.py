@@ -64,9 +64,11 @@ class PConv2d(nn.Conv2d):
         updated = kept.clamp(0, 1)
         ratio = self.numerator / (kept + 1e-8) * updated
         mask, ratio, weight = (t.to(x.dtype) for t in (mask, ratio, self.weight))
-        output = F.conv2d(
-            x * mask, weight, None, self.stride, self.padding, self.dilation
-        )
+        x = x * mask
+        if self.in_channels == 1:  # of which PyTorch makes no channels_last maps
+            x, weight = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (x, weight))
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        output = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
         if self.bias is None:
             output = output * ratio
         else:
