@@ -145,7 +145,6 @@ class Self2Self:
         self.network.load_state_dict(network.state_dict())
         for tensor in (*self._moments(), *self._watched(), self.sums):
             tensor.zero_()
-        self.rate.fill_(self.lr)
         self.masks.seed(self.seed, 0)
         self.step = self.loss_steps = 0
 
@@ -218,7 +217,6 @@ class Self2Self:
         self.masks.load_state(state["masks"])
         self.step, self.loss_steps = state["step"], state["loss_steps"]
         self.attempt, self.lr = state["attempt"], state["lr"]
-        self.rate.fill_(self.lr)
 
     def train_step(self):
         """One optimiser step on `bs` Bernoulli samples of the observation.
@@ -229,11 +227,12 @@ class Self2Self:
         Raises:
             FloatingPointError: it died after step 1,000, or for the fifth time.
         """
+        factor = 1.0
         if self.schedule == "cosine":
             progress = min(1.0, self.step / self.iteration)
             factor = (1 + math.cos(math.pi * progress)) / 2
             factor *= min(1.0, 20 * (self.step + 1) / self.iteration)
-            self.rate.fill_(self.lr * factor)
+        self.rate.fill_(self.lr * factor)
         if self.averaging_power is not None:
             kept = (self.step / (self.step + 1)) ** self.averaging_power
             self.sums_decay.fill_(kept)

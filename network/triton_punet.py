@@ -125,7 +125,8 @@ def _pad_backward(
 def _window(x, bias, ratio, n, i, j, c, channels, height, width):
     """The four values x * ratio + bias of a 2 x 2 window; -inf outside the map."""
     top = (n * height + 2 * i) * width
-    right, low = 2 * j + 1 < width, 2 * i + 1 < height
+    right = 2 * j + 1 < width
+    low = 2 * i + 1 + 0 * j < height  # a block: the interpreter wants no scalar in `&`
     p = _read(x, bias, ratio, top, 2 * j, c, channels, 2 * j < width)
     q = _read(x, bias, ratio, top, 2 * j + 1, c, channels, right)
     r = _read(x, bias, ratio, top + width, 2 * j, c, channels, (2 * j < width) & low)
@@ -170,7 +171,7 @@ def _pool_backward(
     place = sums + tile * channels + c
     tl.store(place, tl.sum(total, 0, keep_dims=True), c < channels)
     for d in tl.static_range(4):
-        h, w = 2 * i + d // 2, 2 * j + d % 2
+        h, w = 2 * i + d // 2 + 0 * j, 2 * j + d % 2
         inside = valid & (h < height) & (w < width)
         start = (n * height + h) * width
         value = tl.where(chosen == d, total, 0.0)
@@ -227,7 +228,8 @@ def _launch(kernel, tiled, *args):
 
 @functools.cache
 def _second_stream(device):
-    return torch.cuda.Stream(device)
+    """A stream beside the current one; None on a CPU, where kernels are interpreted."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def _conv2d_gradient(grad, x, weight, which):
@@ -272,9 +274,9 @@ class Layer(torch.autograd.Function):
         x, bias, ratio, keep, padded, weight = ctx.saved_tensors
         grad_x = grad_bias = grad_skip = sums = None
         grad = grad.contiguous(memory_format=torch.channels_last)
-        main = torch.cuda.current_stream(x.device)
         second = _second_stream(x.device)
-        second.wait_stream(main)
+        if second is not None:
+            second.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(second):
             grad_weight = _conv2d_gradient(grad, padded, weight, 1)
             if ctx.extra:
@@ -292,7 +294,8 @@ class Layer(torch.autograd.Function):
             grad_skip = _empty(x, ctx.skip_c, *keep.shape[2:])
             args = grad_skip, None, grad, x, None, None, keep, ctx.scale, x.shape[1]
             _launch(_pad_backward, grad_skip, *args, ctx.skip_c, *ctx.sizes, 0)
-        main.wait_stream(second)
+        if second is not None:
+            torch.cuda.current_stream(x.device).wait_stream(second)
         return grad_x, grad_bias, None, grad_skip, None, None, grad_weight
 
 

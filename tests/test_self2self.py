@@ -254,6 +254,65 @@ def test_prediction_is_the_mean_of_the_ensemble():
     np.testing.assert_allclose(learner.variance, variance, atol=1e-6)
 
 
+FAST = {"optimizer": "muon", "averaging_power": 3, "schedule": "cosine", "bs": 2}
+
+
+def lasting_tensors(learner):
+    """Every tensor that is there before a step and after it, but for the gradients."""
+    held = [x for x in vars(learner).values() if isinstance(x, torch.Tensor)]
+    states = [s for optimizer in learner.optimizers for s in optimizer.state.values()]
+    held += [x for state in states for x in state.values()]
+    return [*held, *learner.network.parameters(), *learner.network.buffers()]
+
+
+def test_a_step_changes_only_what_the_state_saves():
+    """So that a CUDA graph's warm-up leaves no trace."""
+    learner = train(begun(random_image(3, 32, 33), **FAST), 2)
+    saved = {x.data_ptr() for x in learner._tensors()}
+    set_before = {learner.rate.data_ptr(), learner.sums_decay.data_ptr()}
+    tensors = lasting_tensors(learner)
+    before = [x.detach().clone() for x in tensors]
+    learner._train()
+    changed = {
+        x.data_ptr() for x, old in zip(tensors, before) if not torch.equal(x, old)
+    }
+    assert changed == saved
+    assert not changed & set_before
+    fresh = train(begun(random_image(3, 32, 33), **FAST), 2)
+    state = fresh.state_dict()
+    for _ in range(3):
+        fresh._train()
+    fresh.load_state_dict(state)
+    fresh._train()
+    for ours, other in zip(tensors, lasting_tensors(fresh), strict=True):
+        assert torch.equal(ours, other)
+
+
+def test_a_step_reallocates_nothing():
+    """A CUDA graph has addresses by heart."""
+    learner = train(begun(random_image(3, 32, 33), **FAST), 1)
+    before = [x.data_ptr() for x in lasting_tensors(learner)]
+    train(learner, 2).predict(2)
+    learner.load_state_dict(learner.state_dict())
+    learner.restart()
+    assert [x.data_ptr() for x in lasting_tensors(learner)] == before
+
+
+def test_a_step_reads_rate_and_decay_from_tensors():
+    learner = train(begun(random_image(1, 32, 33), **FAST), 2)
+    weights = [x.detach().clone() for x in learner.network.parameters()]
+    learner.rate.zero_()
+    learner._train()
+    for now, before in zip(learner.network.parameters(), weights, strict=True):
+        assert torch.equal(now, before)
+    learner.rate.fill_(0.01)
+    learner.sums_decay.zero_()
+    learner._train()
+    for now, before in zip(learner.network.parameters(), weights, strict=True):
+        assert not torch.equal(now, before)
+    assert 0 < learner.sums[0].min() and learner.sums[0].max() < 2  # of one step
+
+
 def distance(a, b):
     """Mean absolute difference of two learners' predictions."""
     return np.abs(a.predict(64) - b.predict(64)).mean()

@@ -1,0 +1,72 @@
+"""Run Triton's kernels in its interpreter, on the CPU, against Punet in float64.
+
+Prints a JSON list: for each case the largest error of the prediction and of any gradient,
+each relative to its tensor's largest value, by Triton's kernels and by PyTorch's own in
+float32. A process of its own: the interpreter is chosen when the kernels are imported.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from tensors import random_image, seeded, sparse_mask
+
+from network import triton_punet
+from network.punet import Punet
+
+# channels, drop rate, ratio, height and width, then of the kernels: pixels from which maps
+# are widened, block of pixels and of channels (large ones are interpreted sooner)
+CASES = [
+    (1, 0.3, "entries", 33, 40, 2**14, 64, 32),
+    (3, 0.0, "window", 35, 32, 0, 16, 128),
+]
+
+
+def run(forward, network, x, mask, target, masks):
+    """Return a prediction and the gradients of its squared error."""
+    drawn = iter(masks)
+    output = forward(network, x, mask, lambda *_: next(drawn).to(x.dtype))
+    loss = ((output - target) ** 2).mean()
+    return output, *torch.autograd.grad(loss, list(network.parameters()))
+
+
+def errors(made, expected):
+    """Return the largest relative error of the first tensor and of the others."""
+    each = [
+        ((a - b).abs().max() / b.abs().max()).item()
+        for a, b in zip(made, expected, strict=True)
+    ]
+    return each[0], max(each[1:])
+
+
+def measure(channels, drop_rate, ratio, height, width, *kernels):
+    """Return one case's errors, Triton's and PyTorch's."""
+    triton_punet.LARGE, triton_punet.BLOCK_W, triton_punet.BLOCK_C = kernels
+    torch.manual_seed(0)
+    network = Punet(channels, drop_rate, ratio)
+    network.to(memory_format=torch.channels_last)
+    mask = sparse_mask(1, channels, height, width).float()
+    x = random_image(1, channels, height, width) * mask
+    target, masks, generator = random_image(*x.shape, seed=1), [], seeded(7)
+
+    def draw(shape, rate):
+        masks.append((torch.rand(shape, generator=generator) >= rate).float())
+        return masks[-1]
+
+    network(x, mask, draw)  # for the masks' sizes
+    made = [
+        run(forward, network, x, mask, target, masks)
+        for forward in (triton_punet.forward, Punet.forward)
+    ]
+    doubles = [t.double() for t in (x, mask, target)]
+    exact = run(Punet.forward, network.double(), *doubles, masks)
+    return [errors(tensors, exact) for tensors in made]
+
+
+if __name__ == "__main__":
+    print(json.dumps([measure(*case) for case in CASES]))

@@ -1,0 +1,21 @@
+"""The Triton kernels on a CPU, in Triton's interpreter; on CUDA test_punet.py has them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+
+
+def test_interpreted_kernels_are_punet():
+    script = Path(__file__).parent / "interpret.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    for triton, pytorch in json.loads(done.stdout):
+        prediction, gradient = triton
+        assert prediction < 5e-7
+        # float32 PyTorch's own distance from float64, with another order of summation
+        assert gradient < 2 * pytorch[1] + 1e-6
