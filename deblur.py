@@ -33,6 +33,7 @@ DEFAULTS = {
     "iteration": None,  # training steps
     "lr": None,  # learning rate
     "optimizer": None,  # adam, adamw or muon
+    "window": None,  # side of the windows that it learns from, pixels; 0 = the whole
     "precision": None,  # float32, or bfloat16 on a CPU: faster if it has instructions
     "fuse": None,  # on: give the ensemble back what its residual holds besides noise
     "bs": 1,  # Bernoulli samples of the observation per step
@@ -128,17 +129,20 @@ class CircularBlur:
 
     Args:
         psf: k, (h, w).
+
+    `reach` is how many pixels around an entry it looks at.
     """
 
     def __init__(self, psf):
         self.psf = torch.from_numpy(psf)
-        self.transfer = {}  # device -> the last image's size, the PSF's transform
+        self.reach = max(psf.shape) // 2
+        self.transfers = {}  # of a device and an image's size: the PSF's transform
 
     def __call__(self, x):
         """Blur images (N, C, H, W); H and W not less than the PSF's."""
-        size = x.shape[-2:]
-        known, transfer = self.transfer.get(x.device, (None, None))
-        if size != known:
+        key = x.device, x.shape[-2:]
+        size, transfer = x.shape[-2:], self.transfers.get(key)
+        if transfer is None:
             if any(k > s for k, s in zip(self.psf.shape, size)):
                 raise utils.InputError(
                     "the PSF of {}x{} pixels is larger than the image of {}x{}".format(
@@ -150,7 +154,8 @@ class CircularBlur:
             centre = [-(s // 2) for s in self.psf.shape]
             transfer = torch.fft.rfft2(padded.roll(centre, (0, 1)))
             transfer = transfer.to(torch.complex64).to(x.device)
-            self.transfer[x.device] = size, transfer
+            # of the last two: a picture's and its windows'
+            self.transfers = dict([*self.transfers.items(), (key, transfer)][-2:])
         return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=size)
 
 

@@ -18,6 +18,7 @@ DEFAULTS = {
     "iteration": None,  # training steps
     "lr": None,  # learning rate
     "optimizer": None,  # adam, adamw or muon
+    "window": None,  # side of the windows that it learns from, pixels; 0 = the whole
     "precision": None,  # float32, or bfloat16 on a CPU: faster if it has instructions
     "fuse": None,  # on: give the ensemble back what its residual holds besides noise
     "bs": 1,  # Bernoulli samples of the observation per step

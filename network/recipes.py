@@ -19,6 +19,7 @@ RECIPES = {
         "averaging_power": None,  # the ensemble is of the last weights alone
         "fuse": "off",
         "precision": "float32",
+        "window": 0,  # the whole picture
     },
     # Its quality and more in 1,000 steps.
     "fast": {
@@ -37,6 +38,7 @@ RECIPES = {
         # overfitted sooner, wants more of the early ones of.
         "averaging_power": {0: 3, 40: 1},
         "fuse": "on",
+        "window": 256,  # pixels a side: large pictures cost no more than small ones
         "precision": "auto",  # bfloat16 on a CPU that multiplies it, else float32
     },
 }
@@ -78,5 +80,5 @@ def decided(recipe, device, sigma=None, fuse=True):
 def learner_settings(args):
     """Return what network.Self2Self is made with, from the options' values."""
     names = ("drop_rate", "iteration", "optimizer", "lr", "beta2", "schedule", "ratio")
-    names += ("start", "averaging_power", "bs", "seed", "precision", "device")
+    names += ("start", "averaging_power", "bs", "seed", "precision", "window", "device")
     return {name: getattr(args, name) for name in names}

@@ -2,17 +2,18 @@
 
 import copy
 import ctypes
+import itertools
 import math
 import sys
 from contextlib import suppress
 
-import numpy as np
 import torch
 
 from network import fusion
 from network.masks import BernoulliMasks, flip
 from network.muon import Muon
 from network.punet import Punet
+from network.windows import tiles, window_place
 
 # Pixels in one forward pass of the ensemble: they fill a GPU, and suit a CPU's cache.
 PREDICTION_PIXELS = {"cuda": 2**20, "cpu": 1, "mps": 2**18}
@@ -74,6 +75,8 @@ class Self2Self:
         seed: of the weights, the masks and the dropout.
         precision: of feature maps and convolutions, "float32" or "bfloat16"; weights,
             loss, optimisers and ensemble are float32.
+        window: side of the windows that steps are trained on, in pixels; a side of the
+            picture that is no longer is taken whole. None: the picture is the window.
         device: where to compute.
     """
 
@@ -92,18 +95,19 @@ class Self2Self:
         bs,
         seed,
         precision,
+        window,
         device,
     ):
         self.drop_rate, self.bs, self.seed = drop_rate, bs, seed
         self.optimizer_name, self.beta2 = optimizer, beta2
         self.initial_lr, self.schedule, self.iteration = lr, schedule, iteration
         self.ratio, self.initial_start = ratio, start
-        self.averaging_power = averaging_power
+        self.averaging_power, self.window_side = averaging_power, window
         self.device, self.dtype = torch.device(device), getattr(torch, precision)
         self.y = None
         tune_cpu()
 
-    def begin(self, observation, forward_operator, on_restart=None):
+    def begin(self, observation, forward_operator, known=None, on_restart=None):
         """Start on an image with new weights, at step 0.
 
         On CUDA an image of the same shape, under the same operator, uses the step that
@@ -112,20 +116,24 @@ class Self2Self:
         Args:
             observation: y, (C, H, W), float, on the [0, 1] scale, not clipped.
             forward_operator: A, of y = A(x) + n, from and to (N, C, H, W): the identity
-                for denoising.
+                for denoising. One that looks around takes the picture as periodic, and
+                has `reach`, how many pixels it looks.
+            known: 1 where an entry of y is known, else 0; (C, H, W) or (1, H, W). An
+                unknown entry is neither seen nor judged. None: all are known.
             on_restart: told what happened, in a sentence, when the network has died and
                 started over.
         """
         self.on_restart = on_restart
         self.attempt, self.lr, self.start = 0, self.initial_lr, self.initial_start
-        self._start(observation, forward_operator)
+        self._start(observation, forward_operator, known)
 
     def restart(self):
         """Start over: other weights, begun at the mean, and half the learning rate."""
         self.attempt, self.lr, self.start = self.attempt + 1, self.lr / 2, "mean"
-        self._start(self.y[0].clone(), self.forward_operator)
+        known = self.known[0].clone()
+        self._start(self.y[0].clone(), self.forward_operator, known)
 
-    def _start(self, observation, forward_operator):
+    def _start(self, observation, forward_operator, known):
         y = torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None]
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed + ATTEMPT_SEED * self.attempt)
@@ -142,8 +150,9 @@ class Self2Self:
         ):
             self._build(y, forward_operator, network)
         self.y.copy_(y)
+        self.known.copy_(torch.ones(1) if known is None else torch.as_tensor(known))
         self.network.load_state_dict(network.state_dict())
-        for tensor in (*self._moments(), *self._watched(), self.sums):
+        for tensor in (*self._moments(), *self._watched(), *self._sums()):
             tensor.zero_()
         self.masks.seed(self.seed, 0)
         self.step = self.loss_steps = 0
@@ -151,6 +160,8 @@ class Self2Self:
     def _build(self, y, forward_operator, network):
         """Make what lasts as long as the shape: the tensors that a captured step uses."""
         self.y, self.forward_operator = y.clone(), forward_operator
+        self.known = torch.empty_like(y)
+        self._build_window(y.shape[2:], getattr(forward_operator, "reach", 0))
         self.network = copy.deepcopy(network)
         self.network.to(self.device, memory_format=torch.channels_last)
         weights = list(self.network.parameters())
@@ -175,13 +186,31 @@ class Self2Self:
             optimizer.step()  # makes the averages: from here on all is in place
         zeros = torch.zeros(4, device=self.device)
         self.loss_sum, self.recent, self.prediction_std, self.sigmoid_slope = zeros
-        # Of the training's predictions, weighted, and of their squares.
-        self.sums = y.new_zeros(2, *y.shape[1:])
-        self.sums_decay = torch.tensor(
-            0.0, device=self.device
-        )  # read by a captured step
+        # Of the training's predictions, weighted; of their squares; of the weights.
+        self.sums, self.squares = y.new_zeros(2, *y.shape[1:])
+        self.weights = y.new_zeros(y.shape[2:])
+        self.weight = torch.tensor(0.0, device=self.device)  # a captured step reads it
         self.masks = BernoulliMasks(self.device)
         self.graph = None
+
+    def _build_window(self, size, reach):
+        """Make the window's index tensors, and say which of its entries are judged.
+
+        Under an operator that looks around those are not that lie within its reach of
+        the window's edge; the window is larger by as much.
+        """
+        side = self.window_side and -(-(self.window_side + 2 * reach) // 32) * 32
+        self.window = [min(n, side or n) for n in size]
+        self.periodic = reach > 0
+        self.rows, self.columns = (
+            torch.arange(n, device=self.device) for n in self.window
+        )
+        inner = torch.ones(1, 1, *self.window, device=self.device)
+        for axis, (n, whole) in enumerate(zip(self.window, size), 2):
+            if reach and n < whole:
+                for part in (slice(reach), slice(n - reach, None)):
+                    inner.transpose(2, axis)[:, :, part] = 0
+        self.inner = inner
 
     def _moments(self):
         """The optimisers' tensors."""
@@ -192,10 +221,15 @@ class Self2Self:
         """What tells how the training goes: the loss and the last prediction's spread."""
         return self.loss_sum, self.recent, self.prediction_std, self.sigmoid_slope
 
+    def _sums(self):
+        """What the training's predictions leave for the ensemble."""
+        joined = self.averaging_power is not None
+        return (self.sums, self.squares, self.weights) if joined else ()
+
     def _tensors(self):
         """Every tensor that a training step changes."""
-        sums = [] if self.averaging_power is None else [self.sums]
-        return [*self.network.parameters(), *self._moments(), *self._watched(), *sums]
+        learnt = (*self.network.parameters(), *self._moments())
+        return [*learnt, *self._watched(), *self._sums()]
 
     def state_dict(self):
         """All that the coming steps depend on, as tensors and numbers."""
@@ -234,8 +268,12 @@ class Self2Self:
             factor *= min(1.0, 20 * (self.step + 1) / self.iteration)
         self.rate.fill_(self.lr * factor)
         if self.averaging_power is not None:
-            kept = (self.step / (self.step + 1)) ** self.averaging_power
-            self.sums_decay.fill_(kept)
+            self.weight.fill_(self._weight(self.step + 1))
+        if self.window != [*self.y.shape[2:]]:
+            place = self.y.shape[2:], self.window, self.periodic
+            rows, columns = window_place(*place, self.seed, self.attempt, self.step)
+            self.rows.copy_(rows)
+            self.columns.copy_(columns)
         if self.device.type == "cuda":
             if self.graph is None:
                 self._capture()
@@ -246,6 +284,10 @@ class Self2Self:
         self.loss_steps += 1
         if self.step % CHECK_EVERY == 0 and not self.alive():
             self._start_over_or_give_up()
+
+    def _weight(self, step):
+        """The weight of a training step's predictions in the ensemble."""
+        return (step / self.iteration) ** self.averaging_power
 
     def _start_over_or_give_up(self):
         """Answer the network's death; early on other weights may live."""
@@ -278,22 +320,34 @@ class Self2Self:
         """
         masks = BernoulliMasks(self.device, self.seed, self.step)
         size = max(1, PREDICTION_PIXELS[self.device.type] // self.y[0, 0].numel())
-        total, squares = self.sums.clone()
-        count = num_prediction
-        if self.averaging_power is not None:
-            steps = np.arange(1, self.step + 1)
-            weights = (steps / self.step) ** self.averaging_power
-            count += self.bs * float(weights.sum())
+        total = squares = count = torch.zeros((), device=self.device)
+        if self._sums() and self.step:
+            weight = self._weight(self.step)
+            total, squares, count = (x / weight for x in self._sums())
         with torch.inference_mode():
             for start in range(0, num_prediction, size):
-                n = min(size, num_prediction - start)
-                prediction, _ = self._sample(masks, n)
-                total += prediction.sum(0)
-                squares += (prediction**2).sum(0)
+                prediction = self._predict(masks, min(size, num_prediction - start))
+                total = total + prediction.sum(0)
+                squares = squares + (prediction**2).sum(0)
+        count = count + num_prediction
         mean = total / count
-        variance = (squares - count * mean**2) / max(1, count - 1)
+        variance = (squares - count * mean**2) / (count - 1).clamp(min=1)
         self.variance = variance.clamp(min=0).cpu().numpy()
         return mean.cpu().numpy()
+
+    def _predict(self, masks, n):
+        """Predict the whole picture, tile by tile, from n Bernoulli samples."""
+        rows, columns = map(tiles, self.y.shape[2:])
+        if len(rows) == len(columns) == 1:
+            return self._sample(masks, self.y, self.known, n)[0]
+        whole = self.y.new_zeros(n, *self.y.shape[1:])
+        for (top, bottom, rise), (left, right, run) in itertools.product(rows, columns):
+            y, known, part = (
+                x[..., top:bottom, left:right] for x in (self.y, self.known, whole)
+            )
+            weight = (rise[:, None] * run).to(y)
+            part += self._sample(masks, y, known, n)[0] * weight
+        return whole
 
     def fuse(self, ensemble, sigma):
         """Fuse the last `predict` with the observation: see fusion.fuse.
@@ -336,24 +390,31 @@ class Self2Self:
         wild = swing > max(variance, 0.01) and loss > 2 * variance
         return not stuck and not wild
 
-    def _sample(self, masks, n):
-        """Predict from n Bernoulli samples of y.
+    def _sample(self, masks, y, known, n):
+        """Predict from n Bernoulli samples of y, or of a part of it.
+
+        Args:
+            masks: where masks and dropout come from.
+            y, known: (1, C, h, w).
 
         Returns:
-            Predictions f and masks m, both (n, C, H, W), in y's orientation.
+            Predictions f and masks m, both (n, C, h, w), in y's orientation.
         """
-        y = self.y.expand(n, -1, -1, -1)
+        y = y.expand(n, -1, -1, -1)
         flips = masks((n, 2, 1, 1), 0.5)
-        mask = masks(y.shape, self.drop_rate).float()
+        mask = masks(y.shape, self.drop_rate).float() * known
         seen = flip(mask, flips)
         x = (flip(y, flips) * seen).to(self.dtype)
         prediction = self.network(x, seen, masks)
         return flip(prediction, flips), mask
 
     def _train(self):
-        prediction, mask = self._sample(self.masks, self.bs)
-        judged = 1 - mask if self.drop_rate else torch.ones_like(mask)
-        loss = dropped_loss(self.forward_operator(prediction), self.y, judged)
+        rows, columns = self.rows[:, None], self.columns
+        y, known = (x[:, :, rows, columns] for x in (self.y, self.known))
+        prediction, mask = self._sample(self.masks, y, known, self.bs)
+        judged = (known - mask if self.drop_rate else known) * self.inner
+        judged = judged.expand_as(prediction)
+        loss = dropped_loss(self.forward_operator(prediction), y, judged)
         self.network.zero_grad()
         loss.backward()
         for optimizer in self.optimizers:
@@ -364,8 +425,9 @@ class Self2Self:
         self.prediction_std.copy_(prediction.std((2, 3)).max())
         self.sigmoid_slope.copy_((prediction * (1 - prediction)).mean())
         if self.averaging_power is not None:
-            self.sums *= self.sums_decay
-            self.sums += torch.stack([prediction.sum(0), (prediction**2).sum(0)])
+            self.sums[:, rows, columns] += self.weight * prediction.sum(0)
+            self.squares[:, rows, columns] += self.weight * (prediction**2).sum(0)
+            self.weights[rows, columns] += self.weight * self.bs
 
     def _capture(self):
         """Capture the whole step in one CUDA graph; the warm-up leaves no trace."""
