@@ -640,19 +640,15 @@ class Result:
         return True
 
     def _announce(self, learner):
-        """Name the image; say how long it will take: a step is about 3 predictions."""
+        """Name the image, and say how long it will take."""
         tqdm.write(self.heading)
         steps = self.args.iteration - learner.step
         if self.saved_step is not None:
             done = "going on from" if steps > 0 else "finished already, at"
             tqdm.write(f"{self.name}: {done} step {learner.step}")
         if steps > 0:
-            learner.predict(1)  # the first may be slow
-            started = time.perf_counter()
-            learner.predict(1)
-            seconds = time.perf_counter() - started
             tests = math.ceil(steps / self.args.test_frequency)
-            seconds *= 3 * steps * self.args.bs + tests * self.args.num_prediction
+            seconds = learner.forecast(steps, tests, self.args.num_prediction)
             tqdm.write(f"{self.name}: {steps} steps take about {duration(seconds)}")
 
     def _make_room(self):

@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import math
 import sys
+import time
 from contextlib import suppress
 
 import torch
@@ -17,6 +18,7 @@ from network.windows import tiles, window_place
 
 # Pixels in one forward pass of the ensemble: they fill a GPU, and suit a CPU's cache.
 PREDICTION_PIXELS = {"cuda": 2**20, "cpu": 1, "mps": 2**18}
+FULL_ENSEMBLE = 2**18  # pixels of a picture up to which an ensemble has its full size
 MUON_CHANNELS = 32  # fewest, in and out, of a convolution that Muon steps
 
 CHECK_EVERY = 100  # steps between two looks at whether the network lives
@@ -304,6 +306,38 @@ class Self2Self:
                 f"{told}: started over at the mean, learning rate {self.lr:g}"
             )
 
+    def forecast(self, steps, tests, num_prediction):
+        """Estimate the seconds that training steps and tests will take.
+
+        From two predictions of a window: a step takes as long as some three of them.
+        """
+        height, width = self.window
+        y, known = (x[..., :height, :width] for x in (self.y, self.known))
+        masks = BernoulliMasks(self.device, self.seed)
+        with torch.inference_mode():
+            for _ in range(2):  # the first may be slow
+                started = time.perf_counter()
+                self._sample(masks, y, known, 1)[0].sum().item()
+                seconds = time.perf_counter() - started
+        rows, columns = (
+            sum(last - first for first, last, _ in tiles(size))
+            for size in self.y.shape[2:]
+        )
+        tested = tests * self.ensemble_size(num_prediction) * rows * columns
+        return seconds * (3 * steps * self.bs + tested / (height * width))
+
+    def ensemble_size(self, num_prediction):
+        """Return how many predictions are averaged: of a large picture fewer.
+
+        Where steps are trained on windows, an ensemble takes no longer than one of a
+        picture of 512x512 pixels, but has 10 predictions: the training's own are many.
+        """
+        height, width = self.y.shape[2:]
+        if self.window == [height, width]:
+            return num_prediction
+        affordable = int(num_prediction * FULL_ENSEMBLE / (height * width))
+        return min(num_prediction, max(10, affordable))
+
     def predict(self, num_prediction):
         """Average the dropout ensemble (paper, equation 8).
 
@@ -312,12 +346,13 @@ class Self2Self:
         looking does not change the training.
 
         Args:
-            num_prediction: predictions of the weights as they are.
+            num_prediction: predictions of the weights as they are; see ensemble_size.
 
         Returns:
             The restoration, (C, H, W), float32 on the CPU, in (0, 1). Its predictions'
             variance, of the same shape, is then found as `variance`.
         """
+        num_prediction = self.ensemble_size(num_prediction)
         masks = BernoulliMasks(self.device, self.seed, self.step)
         size = max(1, PREDICTION_PIXELS[self.device.type] // self.y[0, 0].numel())
         total = squares = count = torch.zeros((), device=self.device)
