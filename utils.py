@@ -232,14 +232,15 @@ def quantise(image, dtype):
     return (np.rint(scaled) if np.dtype(dtype).kind == "u" else scaled).astype(dtype)
 
 
-def write_atomically(path, data):
-    """Write bytes so that the file is the old one or the new one, whole, at any moment."""
+@contextmanager
+def atomic_file(path):
+    """Open a file to write that is the old one or the new one, whole, at any moment."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -248,6 +249,12 @@ def write_atomically(path, data):
     finally:
         with suppress(OSError):  # none, or the disk has become read-only
             temporary.unlink()
+
+
+def write_atomically(path, data):
+    """Write bytes as an atomic file."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def save_mat(path, key, array):
@@ -404,8 +411,10 @@ def gaussian_noise(shape, sigma, seed):
         sigma: standard deviation on the 0-255 scale.
         seed: natural number.
     """
-    draws = np.random.default_rng(seed).standard_normal(shape)
-    return (draws * (sigma / 255)).astype(np.float32)
+    generator, noise = np.random.default_rng(seed), np.empty(shape, np.float32)
+    for channel in noise:  # for memory's sake: draws are float64
+        channel[:] = generator.standard_normal(shape[1:]) * (sigma / 255)
+    return noise
 
 
 def score(image, clean):
@@ -597,9 +606,8 @@ class Result:
         state |= {"rows": self.rows, "notes": self.notes}
         state |= {"seconds": time.perf_counter() - self.started}
         state |= {"restored": torch.from_numpy(self.restored) if self.rows else None}
-        buffer = io.BytesIO()
-        torch.save(state | {"learner": learner.state_dict()}, buffer)
-        write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())
+        with atomic_file(self.folder / "checkpoint.pt") as file:
+            torch.save(state | {"learner": learner.state_dict()}, file)
         self.saved_step, self.saved_at = learner.step, time.perf_counter()
 
     def _load_checkpoint(self, learner):

@@ -12,7 +12,7 @@ STRIDE = 2  # pixels between patches
 WINDOW = 15  # patches a side, over which a frequency's energy is averaged
 BAND = 3  # frequencies a side, likewise
 REACH = PATCH - STRIDE + STRIDE * (WINDOW // 2)  # pixels that an entry is decided by
-SLAB = 2**18  # pixels worked on at a time, for memory's sake
+SLAB = 2**17  # pixels worked on at a time, for memory's sake
 BINS = 8  # of the residual's spectrum, along either side
 QUIET = 0.25  # share of its bins taken to hold hardly anything but noise
 

@@ -38,8 +38,9 @@ def tune_cpu():
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # glibc alone has it
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+            # M_MMAP_THRESHOLD, bytes: a window's tensors, not a large picture's
+            mallopt(-3, 2**27)
+            mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
 
 
 def dropped_loss(degraded, y, judged):
@@ -136,7 +137,11 @@ class Self2Self:
         self._start(self.y[0].clone(), self.forward_operator, known)
 
     def _start(self, observation, forward_operator, known):
-        y = torch.as_tensor(observation, dtype=torch.float32, device=self.device)[None]
+        here = {"dtype": torch.float32, "device": self.device}
+        y = torch.as_tensor(observation, **here)[None]
+        if known is None:
+            known = torch.ones(1, *y.shape[2:])
+        known = torch.as_tensor(known, **here)[None]
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed + ATTEMPT_SEED * self.attempt)
             # the same weights on every device
@@ -148,21 +153,22 @@ class Self2Self:
         if (
             self.y is None
             or y.shape != self.y.shape
+            or known.shape != self.known.shape
             or forward_operator is not self.forward_operator
         ):
-            self._build(y, forward_operator, network)
+            self._build(y, known, forward_operator, network)
         self.y.copy_(y)
-        self.known.copy_(torch.ones(1) if known is None else torch.as_tensor(known))
+        self.known.copy_(known)
         self.network.load_state_dict(network.state_dict())
         for tensor in (*self._moments(), *self._watched(), *self._sums()):
             tensor.zero_()
         self.masks.seed(self.seed, 0)
         self.step = self.loss_steps = 0
 
-    def _build(self, y, forward_operator, network):
+    def _build(self, y, known, forward_operator, network):
         """Make what lasts as long as the shape: the tensors that a captured step uses."""
         self.y, self.forward_operator = y.clone(), forward_operator
-        self.known = torch.empty_like(y)
+        self.known = known.clone()
         self._build_window(y.shape[2:], getattr(forward_operator, "reach", 0))
         self.network = copy.deepcopy(network)
         self.network.to(self.device, memory_format=torch.channels_last)
@@ -234,8 +240,8 @@ class Self2Self:
         return [*learnt, *self._watched(), *self._sums()]
 
     def state_dict(self):
-        """All that the coming steps depend on, as tensors and numbers."""
-        tensors = [tensor.detach().clone() for tensor in self._tensors()]
+        """All that the coming steps depend on: numbers, and tensors that steps change."""
+        tensors = [tensor.detach() for tensor in self._tensors()]
         return {
             "tensors": tensors,
             "masks": self.masks.state(),
@@ -306,6 +312,7 @@ class Self2Self:
                 f"{told}: started over at the mean, learning rate {self.lr:g}"
             )
 
+    @torch.inference_mode()
     def forecast(self, steps, tests, num_prediction):
         """Estimate the seconds that training steps and tests will take.
 
@@ -314,11 +321,10 @@ class Self2Self:
         height, width = self.window
         y, known = (x[..., :height, :width] for x in (self.y, self.known))
         masks = BernoulliMasks(self.device, self.seed)
-        with torch.inference_mode():
-            for _ in range(2):  # the first may be slow
-                started = time.perf_counter()
-                self._sample(masks, y, known, 1)[0].sum().item()
-                seconds = time.perf_counter() - started
+        for _ in range(2):  # the first may be slow
+            started = time.perf_counter()
+            self._sample(masks, y, known, 1)[0].sum().item()
+            seconds = time.perf_counter() - started
         rows, columns = (
             sum(last - first for first, last, _ in tiles(size))
             for size in self.y.shape[2:]
@@ -338,6 +344,7 @@ class Self2Self:
         affordable = int(num_prediction * FULL_ENSEMBLE / (height * width))
         return min(num_prediction, max(10, affordable))
 
+    @torch.inference_mode()
     def predict(self, num_prediction):
         """Average the dropout ensemble (paper, equation 8).
 
@@ -359,15 +366,17 @@ class Self2Self:
         if self._sums() and self.step:
             weight = self._weight(self.step)
             total, squares, count = (x / weight for x in self._sums())
-        with torch.inference_mode():
-            for start in range(0, num_prediction, size):
-                prediction = self._predict(masks, min(size, num_prediction - start))
-                total = total + prediction.sum(0)
-                squares = squares + (prediction**2).sum(0)
+        for start in range(0, num_prediction, size):
+            prediction = self._predict(masks, min(size, num_prediction - start))
+            total = total + prediction.sum(0)
+            squares = squares + prediction.square_().sum(0)
         count = count + num_prediction
         mean = total / count
-        variance = (squares - count * mean**2) / (count - 1).clamp(min=1)
-        self.variance = variance.clamp(min=0).cpu().numpy()
+        # In place: the sum of squared distances from the mean, over one less than all.
+        total *= mean
+        squares -= total
+        squares /= (count - 1).clamp(min=1)
+        self.variance = squares.clamp_(min=0).cpu().numpy()
         return mean.cpu().numpy()
 
     def _predict(self, masks, n):
@@ -430,7 +439,7 @@ class Self2Self:
 
         Args:
             masks: where masks and dropout come from.
-            y, known: (1, C, h, w).
+            y, known: (1, C, h, w); known may have one channel for all.
 
         Returns:
             Predictions f and masks m, both (n, C, h, w), in y's orientation.
@@ -466,7 +475,7 @@ class Self2Self:
 
     def _capture(self):
         """Capture the whole step in one CUDA graph; the warm-up leaves no trace."""
-        before = self.state_dict()
+        before = copy.deepcopy(self.state_dict())
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):

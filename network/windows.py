@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 GRID = 32  # pixels: five poolings; tiles that lie on it pool as the whole picture does
-TILE = 1024  # side of a tile, pixels: bounds the memory that a prediction takes
+TILE = 768  # side of a tile, pixels: bounds the memory that a prediction takes
 # What a tile sees around what it is used for: the network's receptive field.
 MARGIN = 128
 

@@ -1,5 +1,7 @@
 """The learner: its masks, loss, steps, ensemble and state."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -205,7 +207,7 @@ def test_learner_goes_on_from_a_state(optimizer, power):
     learner = begun(y, optimizer=optimizer, averaging_power=power)
     learner.restart()
     train(learner, 3)
-    state = learner.state_dict()
+    state = copy.deepcopy(learner.state_dict())
     train(learner, 3)
     resumed = begun(y, optimizer=optimizer, averaging_power=power)
     resumed.load_state_dict(state)
@@ -279,7 +281,7 @@ def test_a_step_changes_only_what_the_state_saves():
     assert changed == saved
     assert not changed & set_before
     fresh = train(begun(random_image(3, 32, 33), **FAST), 2)
-    state = fresh.state_dict()
+    state = copy.deepcopy(fresh.state_dict())
     for _ in range(3):
         fresh._train()
     fresh.load_state_dict(state)
@@ -364,7 +366,7 @@ def test_second_image_is_learnt_like_a_first_by_the_same_graph():
 def test_learner_goes_on_from_a_state_on_cuda():
     y = random_image(1, 64, 64)
     learner = train(begun(y, device="cuda", averaging_power=2), 3)
-    state = learner.state_dict()
+    state = copy.deepcopy(learner.state_dict())
     train(learner, 3)
     resumed = begun(y, device="cuda", averaging_power=2)
     resumed.load_state_dict(state)

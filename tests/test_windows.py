@@ -1,5 +1,7 @@
 """Windows that steps are trained on, tiles that are predicted, entries that are known."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,7 @@ def test_windows_lie_everywhere_alike(periodic):
     assert not torch.equal(torch.stack(same), torch.stack(other))
 
 
-@pytest.mark.parametrize("size", [32, 1024, 1025, 1300, 2048, 6000])
+@pytest.mark.parametrize("size", [32, 768, 769, 1300, 2048, 6000])
 def test_tiles_share_every_pixel_out(size):
     total = torch.zeros(size)
     for first, last, weights in tiles(size):
@@ -61,7 +63,7 @@ def test_a_window_alone_is_learnt_and_joins_the_ensemble():
     assert not reached.all()
     assert np.isfinite(learner.predict(2)).all()
     resumed = begun(y, window=32, averaging_power=3)
-    resumed.load_state_dict(learner.state_dict())
+    resumed.load_state_dict(copy.deepcopy(learner.state_dict()))
     for other in (learner, resumed):
         train(other, 2)
     np.testing.assert_array_equal(learner.predict(2), resumed.predict(2))
