@@ -31,7 +31,7 @@ RECIPES = {
         "optimizer": "muon",
         "lr": 3e-3,
         "beta2": 0.9,  # no step of Adam's is larger than the learning rate
-        "schedule": "cosine",
+        "schedule": "linear",
         "ratio": "entries",  # full windows scaled by 1: signals keep their size
         "start": "mean",  # a large rate does not run into the sigmoid's flat ends
         # The training's predictions join the ensemble, which more noise, that is

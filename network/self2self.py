@@ -66,8 +66,8 @@ class Self2Self:
         lr: learning rate.
         beta2: decay of Adam's mean of squared gradients; with 0.9, as the mean of the
             gradients has, no step is larger than the learning rate.
-        schedule: "constant", or "cosine": the learning rate rises for the first
-            twentieth of the steps, and falls to 0 as a half cosine.
+        schedule: "constant", or "linear": the learning rate rises for the first
+            twentieth of the steps, and falls to 0 in a straight line.
         ratio: the partial convolutions' numerator, "window" or "entries".
         start: "default": PyTorch's initial weights; "mean": with the last bias such
             that the first predictions have the observation's mean, from which a large
@@ -270,10 +270,9 @@ class Self2Self:
             FloatingPointError: it died after step 1,000, or for the fifth time.
         """
         factor = 1.0
-        if self.schedule == "cosine":
-            progress = min(1.0, self.step / self.iteration)
-            factor = (1 + math.cos(math.pi * progress)) / 2
-            factor *= min(1.0, 20 * (self.step + 1) / self.iteration)
+        if self.schedule == "linear":
+            left = max(0, self.iteration - self.step) / self.iteration
+            factor = left * min(1.0, 20 * (self.step + 1) / self.iteration)
         self.rate.fill_(self.lr * factor)
         if self.averaging_power is not None:
             self.weight.fill_(self._weight(self.step + 1))
