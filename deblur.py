@@ -28,7 +28,7 @@ DEFAULTS = {
     "kernel_sigma": 1.0,  # its standard deviation, pixels
     "kernel": None,  # file of any other PSF (.mat, .npy or an image), or None
     # How it learns; None: as the recipe has it, in network/recipes.py
-    "recipe": "fast",  # fast: 1,000 steps; paper: as published, 150,000
+    "recipe": "fast",  # fast: 500 steps; paper: as published, 150,000
     "drop_rate": None,  # p of the Bernoulli mask and of the dropout, in [0, 1)
     "iteration": None,  # training steps
     "lr": None,  # learning rate

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Deblur; a flag given after the script's name wins over the one here.
-# --recipe fast: 1,000 steps; paper: the published training, 150,000, days on a CPU.
+# --recipe fast: 500 steps; paper: the published training, 150,000, days on a CPU.
 exec python -u "$(dirname "$0")/deblur.py" \
     --path camera \
     --recipe fast \

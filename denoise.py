@@ -13,7 +13,7 @@ DEFAULTS = {
     "observed": False,  # True: the image is noisy already, nothing is added
     "reference": None,  # clean image file to score an observed one against, or None
     # How it learns; None: as the recipe has it, in network/recipes.py
-    "recipe": "fast",  # fast: 1,000 steps; paper: as published, 150,000
+    "recipe": "fast",  # fast: 500 steps; paper: as published, 150,000
     "drop_rate": None,  # p of the Bernoulli mask and of the dropout, in [0, 1)
     "iteration": None,  # training steps
     "lr": None,  # learning rate

@@ -116,7 +116,7 @@ OPTIONS = {
     "kernel_size": (side, "side of the Gaussian PSF, pixels"),
     "kernel_sigma": (number(float, 1e-3, "a number from 0.001"), "its width, pixels"),
     "kernel": (name, "file of any other PSF: .mat, .npy or an image"),
-    "recipe": (tuple(RECIPES), "fast: 1,000 steps; paper: as published, 150,000"),
+    "recipe": (tuple(RECIPES), "fast: 500 steps; paper: as published, 150,000"),
     "drop_rate": (rate, "p of the Bernoulli mask and of the decoder's dropout"),
     "iteration": (count, "training steps"),
     "lr": (positive, "learning rate"),
@@ -509,7 +509,7 @@ class Result:
             self.heading += f", observation {self.scores[0]:.3f} dB"
         self.heading += f", noise sigma {self.sigma:.4g}" * fuse
         sums = {
-            key: None if array is None else hashlib.sha256(array.tobytes()).hexdigest()
+            key: None if array is None else hashlib.sha256(array).hexdigest()
             for key, array in (
                 ("image or noise", observation),
                 ("reference", self.clean),

@@ -60,21 +60,19 @@ def test_a_flag_wins_over_the_script_and_the_script_over_the_recipe(monkeypatch)
 @pytest.mark.parametrize(
     ("flags", "drop_rate", "power"),
     [
-        ("", 0.3, 3),
+        ("", 0.2, 3),
         ("--sigma 0", 0.2, 3),
-        ("--sigma 14.9", 0.2, 3),
-        ("--sigma 15", 0.3, 3),
-        ("--sigma 39.9", 0.3, 3),
+        ("--sigma 39.9", 0.2, 3),
         ("--sigma 40", 0.3, 1),
-        ("--sigma 5 --observed", 0.3, 3),
-        ("--sigma 50 --observed", 0.3, 3),
+        ("--sigma 5 --observed", 0.2, 3),
+        ("--sigma 50 --observed", 0.2, 3),
         ("--recipe paper --sigma 5", 0.3, None),
     ],
 )
 def test_fast_goes_by_the_noise_where_it_is_known(flags, drop_rate, power):
     chosen, blurred = parse(flags), parse(flags, "deblur")
     assert (chosen["drop_rate"], chosen["averaging_power"]) == (drop_rate, power)
-    assert blurred["drop_rate"] == 0.3
+    assert blurred["drop_rate"] == (0.2 if power else 0.3)
     assert blurred["averaging_power"] == (3 if power else None)
 
 
