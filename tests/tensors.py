@@ -42,6 +42,11 @@ def roll(x):
     return x.roll(1, -1)
 
 
+def without_pass(pilot, *_):
+    """In the place of similar.filter_groups: the pilot, without a risk."""
+    return pilot, torch.zeros_like(pilot)
+
+
 def begun(y, operator=identity, **settings):
     """A learner that has begun on y."""
     defaults = RECIPES["paper"] | {"lr": 1e-3, "bs": 1, "seed": 0, "device": "cpu"}

@@ -5,7 +5,15 @@ import pytest
 import scipy.fft
 import torch
 from scipy import ndimage
-from tensors import begun, identity, random_image, roll, seeded, train
+from tensors import (
+    begun,
+    identity,
+    random_image,
+    roll,
+    seeded,
+    train,
+    without_pass,
+)
 
 from deblur import CircularBlur, gaussian_psf
 from network import fusion
@@ -72,7 +80,8 @@ def fused(f, y, sigma, error, operator=identity):
 
 
 @pytest.mark.parametrize("error", [0.02, 0.05, 0.1])
-def test_fusing_white_errors_is_the_inverse_variance_mean(error):
+def test_frequencies_of_white_errors_give_the_inverse_variance_mean(error, monkeypatch):
+    monkeypatch.setattr(fusion, "filter_groups", without_pass)
     noise = 0.05
     clean, f, y = observed(error, noise)
     best = error**2 / (error**2 + noise**2)
@@ -87,7 +96,7 @@ def test_fusing_white_errors_is_the_inverse_variance_mean(error):
 def test_fusing_without_noise_gives_y_and_with_much_the_ensemble(channels):
     _, f, y = observed(0.1, 0, (channels, 40, 33))
     np.testing.assert_allclose(fused(f, y, 0, 0.1)[0], y, atol=1e-5)
-    np.testing.assert_allclose(fused(f, y, 1e4, 0.1)[0], f, atol=1e-6)
+    np.testing.assert_allclose(fused(f, y, 1e4, 0.1)[0], f, atol=0.03)
 
 
 @pytest.mark.parametrize("operator", [identity, CircularBlur(gaussian_psf(15, 1.0))])
@@ -127,7 +136,7 @@ def test_fusing_under_a_blur_of_one_pixel_is_the_pointwise_form():
     _, f, y = observed(0.05, 0.1, (3, 40, 36))
     result, error = fused(f, y, 25.5, 0.05, CircularBlur(np.ones((1, 1))))
     expected, expected_error = fused(f, y, 25.5, 0.05)
-    np.testing.assert_allclose(result, expected, atol=1e-6)
+    np.testing.assert_allclose(result, expected, atol=1e-4)
     np.testing.assert_allclose(error, expected_error, atol=1e-6)
 
 

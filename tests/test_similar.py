@@ -1,0 +1,108 @@
+"""The second pass over similar patches against its definition, and what it may never do."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from skimage import data
+from tensors import identity, random_image, seeded, without_pass
+
+from network import fusion, similar
+from network.similar import filter_groups
+
+
+def naive_filter(pilot, y, noise, patch, size, gain):
+    """Reference by reference, with T as the k x k matrix of its definition."""
+    height, width = y.shape
+    stride = patch // 2 + 1
+    count = similar.TILE // stride
+    total, risk, weights = np.zeros((3, *y.shape))
+
+    def axis(length):
+        """Each reference's place along an axis, and the first and last it looks at."""
+        last = length - patch
+        places = [min(i * stride, last) for i in range(-(-last // stride) + 1)]
+        places += [last] * (-len(places) % count)
+        span = min((count - 1) * stride + 2 * similar.REACH, last)
+        for i, place in enumerate(places):
+            tile = places[i - i % count]
+            first = min(max(tile - similar.REACH, 0), last - span)
+            yield place, range(first, first + span + 1)
+
+    def at(image, i, j):
+        return image[i : i + patch, j : j + patch].ravel()
+
+    for i, rows in axis(height):
+        for j, columns in axis(width):
+            corners = [(a, b) for a in rows for b in columns]
+            ours = at(pilot, i, j)
+            corners.sort(key=lambda c: ((at(pilot, *c) - ours) ** 2).sum())
+            corners = corners[:size]
+            assert corners[0] == (i, j)
+            x, z = (np.stack([at(image, *c) for c in corners]) for image in (pilot, y))
+            gram = gain * x @ x.T
+            t = np.linalg.solve(gram + patch**2 * noise * np.eye(len(x)), gram)
+            lost = ((x - t @ x) ** 2).mean(1)
+            for (a, b), estimate, row, bias in zip(corners, t @ z, t, lost):
+                place = slice(a, a + patch), slice(b, b + patch)
+                left = (row**2).sum()
+                total[place] += estimate.reshape(patch, patch) / left
+                risk[place] += (noise * left / 2 + bias) / left
+                weights[place] += 1 / left
+    return total / weights, risk / weights
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 33, 61)])
+def test_pass_is_its_definition(shape, monkeypatch):
+    group = 5, 9, 1.5
+    monkeypatch.setattr(similar, "GROUPS", {0: group})
+    pilot = random_image(*shape)
+    pilot[1:] = pilot[:1] * 0.7 + 0.1 * pilot[1:]
+    y = pilot + 0.1 * torch.randn(shape, generator=seeded())
+    made, risk = filter_groups(pilot, y, 0.01)
+    # patches are compared in the first plane, so one plane is filtered as if alone
+    planes = (x[0].double().numpy() for x in (pilot, y))
+    for value, expected in zip((made, risk), naive_filter(*planes, 0.01, *group)):
+        np.testing.assert_allclose(value[0], expected, atol=1e-4)
+    if len(pilot) == 3:
+        pair, _ = filter_groups(pilot[[0, 2]], y[[0, 2]], 0.01)
+        torch.testing.assert_close(made[[0, 2]], pair)
+    monkeypatch.setattr(similar, "TILES", 1)
+    torch.testing.assert_close(list(filter_groups(pilot, y, 0.01)), [made, risk])
+
+
+@pytest.mark.parametrize("sigma", [1, 10, 25, 50])
+def test_flat_pictures_stay_flat(sigma):
+    flat = torch.full((1, 40, 47), 0.3)
+    result, _ = filter_groups(flat, flat, (sigma / 255) ** 2)
+    torch.testing.assert_close(result, flat, atol=1e-3, rtol=0)
+    assert result.std() < 1e-4
+
+
+def test_pass_finds_a_detail_that_the_pilot_has_only_faintly():
+    """Stripes repeat: many noisy copies make a good one."""
+    rows = torch.arange(64)
+    clean = 0.5 + 0.2 * torch.sin(rows * 1.1 + rows[:, None] * 0.4)[None]
+    y = clean + 0.1 * torch.randn(clean.shape, generator=seeded())
+    pilot = 0.5 + 0.5 * (clean - 0.5)
+    result, _ = filter_groups(pilot, y, 0.01)
+    assert (result - clean).square().mean() < 0.05 * (pilot - clean).square().mean()
+
+
+@pytest.mark.parametrize("sigma", [5, 15, 25, 50])
+def test_fused_results_gain_by_the_pass(sigma, monkeypatch):
+    clean = data.camera()[None, 100:196, 200:296].astype(np.float32) / 255
+    noise = np.random.default_rng(0).standard_normal(clean.shape, np.float32)
+    y = clean + noise * sigma / 255
+    f = ndimage.gaussian_filter(y, (0, sigma**0.5 / 5, sigma**0.5 / 5))
+    variance = np.full_like(y, ((f - clean) ** 2).mean() / fusion.SPREAD)
+    result, predicted = fusion.fuse(f, variance, y, sigma, identity)
+    monkeypatch.setattr(fusion, "filter_groups", without_pass)
+    before, _ = fusion.fuse(f, variance, y, sigma, identity)
+    errors = [((x - clean) ** 2).mean() for x in (before, result)]
+    assert 0.5 < predicted.mean() / errors[1] < 2
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_planes_of_a_colour_picture_keep_the_noise_white():
+    torch.testing.assert_close(fusion.OPPONENT @ fusion.OPPONENT.T, torch.eye(3))
