@@ -27,6 +27,9 @@ AMPLIFICATION = 8
 
 # Measured on crops of House, Peppers and kodim01, sigma 10 to 50:
 SPREAD = 2.2  # the ensemble's squared error, in units of its predictions' variance
+GAIN = (
+    0.3  # share of the squared error that is y's noise, which the second pass removes
+)
 CAUTION = 0.001  # energy taken for noise over the noise's, per (noise over error)^2
 
 
@@ -51,9 +54,8 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     """Give the ensemble's mean back what its residual holds besides noise.
 
     The residual r = y - A(f) is noise, and the error of f under A. In overlapping
-    patches its energy in a frequency, averaged over a window, the frequencies beside it
-    and the channels, is E = s^2 + e, with s^2 the noise's and e the error's, which so
-    is known without a clean image; r e / E is the best linear estimate of A(x - f), and
+    patches its energy in a frequency, averaged over a window and the frequencies beside
+    it, is E = s^2 + e, with s^2 the noise's and e the error's, which so is known without a clean image; r e / E is the best linear estimate of A(x - f), and
     divided by A's transfer function of x - f. For A = identity and flat energies that
     is the inverse-variance mean of f and y; but a network errs in some frequencies and
     places. The noise's energy varies: the less error there is to find, by the
@@ -88,7 +90,7 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     passed = power.clamp(min=max(LEAST_POWER, min(1, noise / mean / AMPLIFICATION)))
     ratio = noise * (1 / passed).mean().item() / mean
     # Twice the noise's energy is not chance, whatever the predictions agree upon.
-    margin = 1 + min(1, CAUTION * ratio**2 / len(f) ** 0.5)
+    margin = 1 + min(1, CAUTION * ratio**2)
     found = torch.fft.rfft2(wiener(residual, margin * noise))
     found *= transfer.conj() / passed
     left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
@@ -97,6 +99,7 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
         second, risk = filter_groups(fused, y, noise)
         ratio = risk / (error.mean(0) + mean / 2)
         fused = second.lerp(f, ratio**2 / (1 + ratio**2))
+        left = left * (1 - GAIN * (1 - left))
     fused = torch.tensordot(planes.T, fused, 1)
     return fused.cpu().numpy(), (error * left.mean()).cpu().numpy()
 
@@ -131,10 +134,10 @@ def _wiener(residual, noise, basis):
     """The same of (C, 1, H + 2 REACH, W + 2 REACH), of which (C, 1, H, W) is left."""
     edge = WINDOW // 2
     waves = F.conv2d(residual, basis, stride=STRIDE)  # (C, PATCH^2, h, w)
-    energy = F.avg_pool2d((waves**2).mean(0), WINDOW, 1)
-    bands = energy.flatten(1).T.reshape(-1, PATCH, PATCH)
+    energy = F.avg_pool2d(waves**2, WINDOW, 1)
+    bands = energy.flatten(2).transpose(1, 2).unflatten(2, (PATCH, PATCH))
     bands = F.avg_pool2d(bands, BAND, 1, BAND // 2, count_include_pad=False)
-    energy = bands.flatten(1).T.reshape(energy.shape)
+    energy = bands.flatten(2).transpose(1, 2).reshape(energy.shape)
     share = (1 - noise / energy.clamp(min=1e-12)).clamp(min=0)
     kept = waves[..., edge:-edge, edge:-edge] * share
     filtered = F.conv_transpose2d(kept, basis, stride=STRIDE)
