@@ -35,6 +35,8 @@ CAUTION = 0.001  # energy taken for noise over the noise's, per (noise over erro
 
 # Less noise than this, 0-255 scale, is left to the frequencies alone.
 LEAST_SIGMA = 0.5
+AROUND = 25  # pixels a side, over which the residual's energy tells what f missed
+EQUAL = 0.7  # the second pass's risk over f's error where both count the same
 # Luminance and two colour differences, orthonormal: white noise stays white.
 OPPONENT = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / (
     torch.tensor([[3], [2], [6]]).sqrt()
@@ -97,8 +99,10 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     fused = f + torch.fft.irfft2(found, s=size)
     if (transfer - 1).abs().max() < 1e-6 and noise > (LEAST_SIGMA / 255) ** 2:
         second, risk = filter_groups(fused, y, noise)
-        ratio = risk / (error.mean(0) + mean / 2)
-        fused = second.lerp(f, ratio**2 / (1 + ratio**2))
+        around = {"stride": 1, "padding": AROUND // 2, "count_include_pad": False}
+        missed = F.avg_pool2d(residual**2, AROUND, **around) - noise
+        ratio = risk / torch.maximum(error.mean(0), missed)
+        fused = second.lerp(f, ratio**2 / (ratio**2 + EQUAL**2))
         left = left * (1 - GAIN * (1 - left))
     fused = torch.tensordot(planes.T, fused, 1)
     return fused.cpu().numpy(), (error * left.mean()).cpu().numpy()
