@@ -441,7 +441,7 @@ def score(image, clean):
 OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "checkpoint*.pt"]
 OWN_FILES += ["error.mat", "Self2Self-*.png", "restored.*", "comparison.png"]
 COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr", "seconds")
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 
 class Result:

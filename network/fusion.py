@@ -37,10 +37,20 @@ CAUTION = 0.001  # energy taken for noise over the noise's, per (noise over erro
 LEAST_SIGMA = 0.5
 AROUND = 25  # pixels a side, over which the residual's energy tells what f missed
 EQUAL = 0.7  # the second pass's risk over f's error where both count the same
-# Luminance and two colour differences, orthonormal: white noise stays white.
-OPPONENT = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / (
-    torch.tensor([[3], [2], [6]]).sqrt()
-)
+
+
+def opponent(like):
+    """Return the matrix that takes colours to luminance and two colour differences.
+
+    It is orthonormal: white noise stays white. Of a gray image it is the identity.
+
+    Args:
+        like: an image (C, H, W), of whose type and on whose device it is.
+    """
+    matrix = torch.eye(len(like))
+    if len(like) == 3:
+        matrix = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
+    return (matrix / matrix.norm(dim=1, keepdim=True)).to(like)
 
 
 def cosines():
@@ -55,18 +65,24 @@ def cosines():
 def fuse(ensemble, variance, observation, sigma, forward_operator):
     """Give the ensemble's mean back what its residual holds besides noise.
 
-    The residual r = y - A(f) is noise, and the error of f under A. In overlapping
-    patches its energy in a frequency, averaged over a window and the frequencies beside
-    it, is E = s^2 + e, with s^2 the noise's and e the error's, which so is known without a clean image; r e / E is the best linear estimate of A(x - f), and
-    divided by A's transfer function of x - f. For A = identity and flat energies that
-    is the inverse-variance mean of f and y; but a network errs in some frequencies and
-    places. The noise's energy varies: the less error there is to find, by the
-    predictions' variance, the more of E is taken for noise. Nor is a sigma believed that
-    is lower than what the quiet quarter of the residual's spectrum holds, less the error.
+    All is done by plane: see `opponent`. The residual r = y - A(f) is noise, and the
+    error of f under A. In overlapping patches its energy in a frequency, averaged over a
+    window and the frequencies beside it, is E = s^2 + e, with s^2 the noise's and e the
+    error's, which so is known without a clean image; r e / E is the best linear estimate
+    of A(x - f), and divided by A's transfer function of x - f. For A = identity and flat
+    energies that is the inverse-variance mean of f and y; but a network errs in some
+    frequencies and places. The noise's energy varies: the less error there is to find,
+    by the predictions' variance, the more of E is taken for noise. Nor is a sigma
+    believed that is lower than what the quiet quarter of the residual's spectrum holds,
+    less the error.
+
+    For A = identity a second pass over similar patches follows: see
+    `similar.filter_groups`. Where it risks more than f errs, f is kept. How much f errs
+    its predictions' variance tells, or the residual's energy nearby.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
-        variance: of the predictions, of the same shape.
+        variance: of the predictions, by plane, of the same shape.
         observation: y, likewise.
         sigma: s, standard deviation of y's white noise on the 0-255 scale.
         forward_operator: A, linear, for every channel by itself and the same at every
@@ -79,33 +95,38 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     y = torch.as_tensor(observation, dtype=torch.float32)
     f, variance = (torch.as_tensor(x).to(y) for x in (ensemble, variance))
     size = y.shape[1:]
-    planes = (OPPONENT if len(y) == 3 else torch.eye(len(y))).to(y)
+    planes = opponent(y)
     y, f = (torch.tensordot(planes, x, 1) for x in (y, f))
     error = SPREAD * variance
-    mean = max(error.mean().item(), 1e-12)
+    mean = error.mean((1, 2), keepdim=True).clamp(min=1e-12)
     residual = y - forward_operator(f[None])[0]
     impulse = y.new_zeros(1, 1, *size)
     impulse[..., 0, 0] = 1
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
-    noise = max((sigma / 255) ** 2, quiet(residual) - mean * power.mean().item())
-    passed = power.clamp(min=max(LEAST_POWER, min(1, noise / mean / AMPLIFICATION)))
-    ratio = noise * (1 / passed).mean().item() / mean
+    noise = quiet(residual) - (mean.mean() * power.mean()).item()
+    noise = max((sigma / 255) ** 2, noise)
+    least = (noise / mean / AMPLIFICATION).clamp(min=LEAST_POWER, max=1)
+    passed = torch.maximum(power, least)
+    ratio = noise * (1 / passed).mean((1, 2), keepdim=True) / mean
     # Twice the noise's energy is not chance, whatever the predictions agree upon.
-    margin = 1 + min(1, CAUTION * ratio**2)
+    margin = 1 + (CAUTION * ratio**2).clamp(max=1)
     found = torch.fft.rfft2(wiener(residual, margin * noise))
     found *= transfer.conj() / passed
     left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
+    left = left.mean((1, 2), keepdim=True)
     fused = f + torch.fft.irfft2(found, s=size)
     if (transfer - 1).abs().max() < 1e-6 and noise > (LEAST_SIGMA / 255) ** 2:
         second, risk = filter_groups(fused, y, noise)
         around = {"stride": 1, "padding": AROUND // 2, "count_include_pad": False}
         missed = F.avg_pool2d(residual**2, AROUND, **around) - noise
-        ratio = risk / torch.maximum(error.mean(0), missed)
+        ratio = risk / torch.maximum(error, missed).clamp(min=1e-12)
         fused = second.lerp(f, ratio**2 / (ratio**2 + EQUAL**2))
         left = left * (1 - GAIN * (1 - left))
     fused = torch.tensordot(planes.T, fused, 1)
-    return fused.cpu().numpy(), (error * left.mean()).cpu().numpy()
+    # of planes that err independently
+    error = torch.tensordot(planes.T**2, error * left, 1)
+    return fused.cpu().numpy(), error.cpu().numpy()
 
 
 def quiet(residual):
@@ -120,7 +141,10 @@ def quiet(residual):
 
 
 def wiener(residual, noise):
-    """Filter white noise of that variance out of a residual (C, H, W), patch by patch."""
+    """Filter white noise out of a residual (C, H, W), patch by patch.
+
+    The noise is its variance by plane, (C, 1, 1).
+    """
     height, width = residual.shape[1:]
     right, below = REACH + width % STRIDE, REACH + height % STRIDE
     around = (REACH, right, REACH, below)
@@ -142,7 +166,7 @@ def _wiener(residual, noise, basis):
     bands = energy.flatten(2).transpose(1, 2).unflatten(2, (PATCH, PATCH))
     bands = F.avg_pool2d(bands, BAND, 1, BAND // 2, count_include_pad=False)
     energy = bands.flatten(2).transpose(1, 2).reshape(energy.shape)
-    share = (1 - noise / energy.clamp(min=1e-12)).clamp(min=0)
+    share = (1 - noise[:, None] / energy.clamp(min=1e-12)).clamp(min=0)
     kept = waves[..., edge:-edge, edge:-edge] * share
     filtered = F.conv_transpose2d(kept, basis, stride=STRIDE)
     edge = PATCH - STRIDE

@@ -168,7 +168,7 @@ class Self2Self:
     def _build(self, y, known, forward_operator, network):
         """Make what lasts as long as the shape: the tensors that a captured step uses."""
         self.y, self.forward_operator = y.clone(), forward_operator
-        self.known = known.clone()
+        self.known, self.planes = known.clone(), fusion.opponent(y[0])
         self._build_window(y.shape[2:], getattr(forward_operator, "reach", 0))
         self.network = copy.deepcopy(network)
         self.network.to(self.device, memory_format=torch.channels_last)
@@ -356,7 +356,8 @@ class Self2Self:
 
         Returns:
             The restoration, (C, H, W), float32 on the CPU, in (0, 1). Its predictions'
-            variance, of the same shape, is then found as `variance`.
+            variance by plane, of the same shape, is then found as `variance`: see
+            fusion.opponent.
         """
         num_prediction = self.ensemble_size(num_prediction)
         masks = BernoulliMasks(self.device, self.seed, self.step)
@@ -368,15 +369,18 @@ class Self2Self:
         for start in range(0, num_prediction, size):
             prediction = self._predict(masks, min(size, num_prediction - start))
             total = total + prediction.sum(0)
-            squares = squares + prediction.square_().sum(0)
+            squares = squares + self._planes(prediction).square_().sum(0)
         count = count + num_prediction
         mean = total / count
-        # In place: the sum of squared distances from the mean, over one less than all.
-        total *= mean
-        squares -= total
+        # The sum of squared distances from the mean, over one less than all.
+        squares -= count * self._planes(mean[None])[0].square_()
         squares /= (count - 1).clamp(min=1)
         self.variance = squares.clamp_(min=0).cpu().numpy()
         return mean.cpu().numpy()
+
+    def _planes(self, images):
+        """Take (N, C, H, W) to the planes that are fused: see fusion.opponent."""
+        return torch.einsum("pc,nchw->nphw", self.planes, images)
 
     def _predict(self, masks, n):
         """Predict the whole picture, tile by tile, from n Bernoulli samples."""
@@ -469,7 +473,8 @@ class Self2Self:
         self.sigmoid_slope.copy_((prediction * (1 - prediction)).mean())
         if self.averaging_power is not None:
             self.sums[:, rows, columns] += self.weight * prediction.sum(0)
-            self.squares[:, rows, columns] += self.weight * (prediction**2).sum(0)
+            squares = (self._planes(prediction) ** 2).sum(0)
+            self.squares[:, rows, columns] += self.weight * squares
             self.weights[rows, columns] += self.weight * self.bs
 
     def _capture(self):

@@ -21,7 +21,7 @@ from network.fusion import wiener
 
 
 def naive_wiener(residual, noise):
-    """Patch by patch, frequency by frequency."""
+    """Patch by patch, frequency by frequency; noise by channel, (C, 1, 1)."""
     size, stride, reach = fusion.PATCH, fusion.STRIDE, fusion.REACH
     band = fusion.BAND
     _, height, width = residual.shape
@@ -59,11 +59,12 @@ def naive_wiener(residual, noise):
 @pytest.mark.parametrize("shape", [(1, 61, 36), (3, 32, 35)])
 def test_residuals_filter_is_its_definition(shape, monkeypatch):
     residual = torch.randn(shape, generator=seeded()) + random_image(*shape)
-    expected = naive_wiener(residual.numpy(), 0.9)
+    noise = torch.linspace(0.9, 1.1, len(residual))[:, None, None]
+    expected = naive_wiener(residual.numpy(), noise.numpy())
     assert 0.1 < expected.std() < 0.8
-    np.testing.assert_allclose(wiener(residual, 0.9), expected, atol=1e-5)
+    np.testing.assert_allclose(wiener(residual, noise), expected, atol=1e-5)
     monkeypatch.setattr(fusion, "SLAB", 2)
-    np.testing.assert_allclose(wiener(residual, 0.9), expected, atol=1e-5)
+    np.testing.assert_allclose(wiener(residual, noise), expected, atol=1e-5)
 
 
 def observed(error, noise, shape=(1, 128, 128)):

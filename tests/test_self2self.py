@@ -389,10 +389,11 @@ def test_the_trainings_own_predictions_join_the_ensemble():
     weights = np.array([1, 1, 4, 4, 9, 9, 16, 16] + [16] * 3) / 16
     mean = np.average(sampled, 0, weights)
     np.testing.assert_allclose(restored, mean, atol=1e-6)
-    errors = (weights[:, None, None, None] * (sampled - mean) ** 2).sum(0)
-    np.testing.assert_allclose(
-        learner.variance, errors / (weights.sum() - 1), atol=1e-6
-    )
+    luminance = (sampled - mean).sum(1) / 3**0.5
+    red_to_blue = (sampled - mean)[:, 0] / 2**0.5 - (sampled - mean)[:, 2] / 2**0.5
+    for plane, errors in enumerate((luminance, red_to_blue)):
+        errors = np.tensordot(weights, errors**2, 1) / (weights.sum() - 1)
+        np.testing.assert_allclose(learner.variance[plane], errors, atol=1e-6)
     learner._sample = sample
     np.testing.assert_array_equal(learner.predict(3), restored)
 

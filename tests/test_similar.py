@@ -105,4 +105,7 @@ def test_fused_results_gain_by_the_pass(sigma, monkeypatch):
 
 
 def test_planes_of_a_colour_picture_keep_the_noise_white():
-    torch.testing.assert_close(fusion.OPPONENT @ fusion.OPPONENT.T, torch.eye(3))
+    matrix = fusion.opponent(torch.zeros(3, 1, 1))
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(3))
+    assert matrix[0].std() < 1e-6 and matrix[1:].sum(1).abs().max() < 1e-6
+    torch.testing.assert_close(fusion.opponent(torch.zeros(1, 1, 1)), torch.eye(1))
