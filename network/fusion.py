@@ -36,7 +36,6 @@ CAUTION = 0.001  # energy taken for noise over the noise's, per (noise over erro
 # Less noise than this, 0-255 scale, is left to the frequencies alone.
 LEAST_SIGMA = 0.5
 AROUND = 25  # pixels a side, over which the residual's energy tells what f missed
-EQUAL = 0.7  # the second pass's risk over f's error where both count the same
 
 
 def opponent(like):
@@ -121,7 +120,7 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
         around = {"stride": 1, "padding": AROUND // 2, "count_include_pad": False}
         missed = F.avg_pool2d(residual**2, AROUND, **around) - noise
         ratio = risk / torch.maximum(error, missed).clamp(min=1e-12)
-        fused = second.lerp(f, ratio**2 / (ratio**2 + EQUAL**2))
+        fused = second.lerp(f, ratio**2 / (1 + ratio**2))
         left = left * (1 - GAIN * (1 - left))
     fused = torch.tensordot(planes.T, fused, 1)
     # of planes that err independently

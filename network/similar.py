@@ -9,8 +9,9 @@ TILE = 16  # pixels a side: the patches of a tile look at the same ones
 TILES = 64  # worked on at a time, for memory's sake
 
 # From these sigmas (0-255 scale) on: side of a patch in pixels; patches in a group; what
-# the pilot's Gram matrix is multiplied by, because the pilot is smoother than the truth.
-GROUPS = {0: (7, 60, 1), 20: (9, 120, 2)}
+# the pilot's Gram matrix is multiplied by, because the pilot is smoother than the truth;
+# how often all is done, each time with the last estimate as the pilot.
+GROUPS = {0: (7, 60, 1, 2), 20: (9, 120, 2, 1)}
 
 
 def filter_groups(pilot, observation, noise):
@@ -36,27 +37,34 @@ def filter_groups(pilot, observation, noise):
     Returns:
         The second estimate and its risk, an expected squared error; both (C, H, W).
     """
-    height, width = pilot.shape[1:]
     level = 255 * math.sqrt(noise)
-    patch, size, gain = GROUPS[max(k for k in GROUPS if k <= level)]
-    device = pilot.device
+    patch, size, gain, times = GROUPS[max(k for k in GROUPS if k <= level)]
+    for _ in range(times):
+        pilot, risk = _filter_once(pilot, observation, noise, patch, size, gain)
+    return pilot, risk
+
+
+def _filter_once(pilot, observation, noise, patch, size, gain):
+    """The same, once, with given groups."""
+    (height, width), device = pilot.shape[1:], pilot.device
     rows, columns = (_tiles(n, patch, device) for n in (height, width))
-    references, candidates = (
-        (r[:, None, :, None] * width + c[None, :, None, :]).flatten(2).flatten(0, 1)
-        for r, c in zip(rows, columns)
-    )
-    size = min(size, candidates.shape[1])
     within = torch.arange(patch, device=device)
     within = (within[:, None] * width + within).flatten()
     guide, planes = pilot[0].flatten() - 0.5, list(zip(pilot, observation))
     sums = torch.zeros(3, len(pilot), height * width, device=device)
-    for some, others in zip(references.split(TILES), candidates.split(TILES)):
-        corners = _most_similar(guide, some, others, within, size)
+    tiles = torch.arange(len(rows[0]) * len(columns[0]), device=device)
+    for some in tiles.split(TILES):
+        down, across = some // len(columns[0]), some % len(columns[0])
+        references, candidates = (
+            (r[down, :, None] * width + c[across, None]).flatten(1)
+            for r, c in zip(rows, columns)
+        )
+        corners = _most_similar(guide, references, candidates, within, size)
         pixels = corners[..., None] + within  # (groups, k, n)
         for (x, y), plane in zip(planes, sums.transpose(0, 1)):
             x, y = x.flatten()[pixels], y.flatten()[pixels]
-            estimate, rows, lost = _ridge(x, y, noise / gain)
-            weight, risk = 1 / rows, noise * rows / 2 + lost
+            estimate, kept, lost = _ridge(x, y, noise / gain)
+            weight, risk = 1 / kept, noise * kept / 2 + lost
             for total, value in zip(plane, (estimate, risk[..., None], x.new_ones(()))):
                 value = (value * weight[..., None]).expand_as(x)
                 total.index_add_(0, pixels.flatten(), value.flatten())
@@ -82,14 +90,14 @@ def _most_similar(guide, references, candidates, within, size):
         guide: (H * W,).
         references, candidates: corners by tile, (tiles, ...), as indices of the guide.
         within: a patch's pixels, from its corner.
-        size: patches in a group.
+        size: patches in a group, at most.
     """
     ours = guide[references[..., None] + within]
     theirs = guide[candidates[..., None] + within]
     # |ours - theirs|^2, but for what is the same for all candidates
     distance = theirs.square().sum(2)[:, None] - 2 * ours @ theirs.transpose(1, 2)
     distance[candidates[:, None] == references[..., None]] = -math.inf
-    nearest = distance.topk(size, 2, largest=False)[1]
+    nearest = distance.topk(min(size, distance.shape[2]), 2, largest=False)[1]
     candidates = candidates[:, None].expand(-1, references.shape[1], -1)
     return candidates.gather(2, nearest).flatten(0, 1)
 
