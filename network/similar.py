@@ -6,12 +6,13 @@ import torch
 
 REACH = 18  # pixels from a patch within which similar ones are looked for
 TILE = 16  # pixels a side: the patches of a tile look at the same ones
+ROUNDING = 3e-6  # of a group's energy, in float32
 TILES = 64  # worked on at a time, for memory's sake
 
 # From these sigmas (0-255 scale) on: side of a patch in pixels; patches in a group; what
 # the pilot's Gram matrix is multiplied by, because the pilot is smoother than the truth;
 # how often all is done, each time with the last estimate as the pilot.
-GROUPS = {0: (7, 60, 1, 2), 20: (9, 120, 2, 1)}
+GROUPS = {0: (7, 60, 1, 2), 12: (7, 60, 1.5, 2), 20: (9, 120, 2, 1)}
 
 
 def filter_groups(pilot, observation, noise):
@@ -19,7 +20,8 @@ def filter_groups(pilot, observation, noise):
 
     The second step of NL-Ridge (Herbreteau, Kervrann, SIAM J. Imaging Sciences 2022). A
     group has k patches of n pixels: X of the pilot, (k, n), and Y of the observation.
-    Each patch is estimated as a linear combination of all, T Y, by ridge regression:
+    Each patch is estimated as a linear combination of all, T Y, by ridge regression,
+    X and Y taken from their means:
 
         T = X X' (X X' + n s^2 I)^-1 = X (X' X + n s^2 I)^-1 X'
 
@@ -103,9 +105,16 @@ def _most_similar(guide, references, candidates, within, size):
 
 
 def _ridge(x, y, noise):
-    """Return T Y, (groups, k, n), |T's rows|^2 and the rows' mean (X - T X)^2."""
+    """Return T Y, (groups, k, n), |T's rows|^2 and the rows' mean (X - T X)^2.
+
+    Each from its mean, which is sure enough. The ridge is never so low that rounding
+    decides, and no estimate surer than the mean of its group.
+    """
+    mean = y.mean((1, 2), keepdim=True)
+    x, y = x - x.mean((1, 2), keepdim=True), y - mean
     gram = x.transpose(1, 2) @ x
-    gram.diagonal(dim1=1, dim2=2).add_(x.shape[2] * noise)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += ROUNDING * diagonal.sum(1, keepdim=True) + x.shape[2] * noise
     half = torch.cholesky_solve(x.transpose(1, 2), torch.linalg.cholesky(gram))
-    rows = (x @ (half @ half.transpose(1, 2)) * x).sum(2).clamp(min=1e-6)
-    return x @ (half @ y), rows, (x - x @ (half @ x)).square().mean(2)
+    rows = (x @ (half @ half.transpose(1, 2)) * x).sum(2).clamp(min=1 / x.shape[1])
+    return x @ (half @ y) + mean, rows, (x - x @ (half @ x)).square().mean(2)
