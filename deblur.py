@@ -3,7 +3,6 @@
 The PSF k is known (non-blind); the convolution is circular.
 """
 
-import hashlib
 import sys
 from pathlib import Path
 
@@ -23,6 +22,8 @@ DEFAULTS = {
     "sigma": 10.0,  # noise added: standard deviation on the 0-255 scale; 0 = none
     "observed": False,  # True: the image is blurred already, nothing is simulated
     "reference": None,  # clean image file to score an observed one against, or None
+    "mask": None,  # image file, 0 where a pixel is missing, or None
+    "missing": 0.0,  # share of the pixels to hide, in [0, 1)
     # What blurred it
     "kernel_size": 15,  # side of the Gaussian PSF, pixels
     "kernel_sigma": 1.0,  # its standard deviation, pixels
@@ -52,6 +53,7 @@ DEFAULTS = {
 def decide(args):
     """Return what the recipe decides; what a Gaussian blur has taken away is gone."""
     fuse = bool(args.kernel and args.sigma) and not args.observed
+    fuse = fuse and not (args.mask or args.missing)
     return recipes.decided(args.recipe, args.device, fuse=fuse)
 
 
@@ -163,8 +165,7 @@ def chosen_psf(args):
     """Return the PSF (h, w), and its name for the results folder."""
     if args.kernel:
         psf = read_psf(args.kernel)
-        contents = hashlib.sha256(Path(args.kernel).read_bytes()).hexdigest()
-        return psf, f"{Path(args.kernel).stem}-{contents[:8]}"
+        return psf, utils.contents_name(args.kernel)
     psf = gaussian_psf(args.kernel_size, args.kernel_sigma)
     return psf, f"gaussian{args.kernel_size}-{args.kernel_sigma:g}"
 
@@ -180,11 +181,11 @@ def main(argv=None):
     learner, blur = Self2Self(**recipes.learner_settings(args)), CircularBlur(psf)
     for path in run.paths:
         with run.image(path) as result:  # an error is reported, the next image goes on
-            x = result.read()
+            x, known = result.read()
             noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
             blurred = blur(torch.from_numpy(x)[None])[0].numpy()
-            y = x if args.observed else blurred + noise
-            learner.begin(y, blur, on_restart=result.start_over)
+            y = known * (x if args.observed else blurred + noise)
+            learner.begin(y, blur, known, on_restart=result.start_over)
             # with --resume: at its checkpoint
             result.begin(learner, y, noise=noise, blurred=blurred, kernel=psf)
             while learner.step < args.iteration:
@@ -193,7 +194,7 @@ def main(argv=None):
                     ensemble = learner.predict(args.num_prediction)
                     fuse = args.fuse == "on"
                     fused = learner.fuse(ensemble, result.sigma) if fuse else ()
-                    result.add(learner.step, learner.mean_loss(), ensemble, *fused)
+                    result.add(learner, ensemble, *fused)
                 if run.stopped or result.is_due(learner.step):
                     result.save_checkpoint(learner)
                 run.advance(learner.step)

@@ -12,6 +12,8 @@ DEFAULTS = {
     "sigma": 25.0,  # noise added: standard deviation on the 0-255 scale; 0 = none
     "observed": False,  # True: the image is noisy already, nothing is added
     "reference": None,  # clean image file to score an observed one against, or None
+    "mask": None,  # image file, 0 where a pixel is missing, or None
+    "missing": 0.0,  # share of the pixels to hide, in [0, 1)
     # How it learns; None: as the recipe has it, in network/recipes.py
     "recipe": "fast",  # fast: 500 steps; paper: as published, 150,000
     "drop_rate": None,  # p of the Bernoulli mask and of the dropout, in [0, 1)
@@ -37,7 +39,8 @@ DEFAULTS = {
 def decide(args):
     """Return what the recipe decides for this noise; a camera's is not known, nor white."""
     sigma = None if args.observed else args.sigma
-    return recipes.decided(args.recipe, args.device, sigma, fuse=bool(sigma))
+    fuse = bool(sigma) and not (args.mask or args.missing)
+    return recipes.decided(args.recipe, args.device, sigma, fuse)
 
 
 def identity(x):
@@ -52,10 +55,10 @@ def main(argv=None):
     learner = Self2Self(**recipes.learner_settings(args))
     for path in run.paths:
         with run.image(path) as result:  # an error is reported, the next image goes on
-            x = result.read()
+            x, known = result.read()
             noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
-            y = x if args.observed else x + noise
-            learner.begin(y, identity, on_restart=result.start_over)
+            y = known * (x if args.observed else x + noise)
+            learner.begin(y, identity, known, on_restart=result.start_over)
             result.begin(learner, y, noise=noise)  # with --resume: at its checkpoint
             while learner.step < args.iteration:
                 learner.train_step()  # a network that dies starts over, at step 0
@@ -63,7 +66,7 @@ def main(argv=None):
                     ensemble = learner.predict(args.num_prediction)
                     fuse = args.fuse == "on"
                     fused = learner.fuse(ensemble, result.sigma) if fuse else ()
-                    result.add(learner.step, learner.mean_loss(), ensemble, *fused)
+                    result.add(learner, ensemble, *fused)
                 if run.stopped or result.is_due(learner.step):
                     result.save_checkpoint(learner)
                 run.advance(learner.step)

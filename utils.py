@@ -113,6 +113,8 @@ OPTIONS = {
     "sigma": (number(float, 0, "a number from 0"), "noise added, 0-255 scale"),
     "observed": (bool, "the image IS the observation: simulate nothing"),
     "reference": (name, "clean image to score an --observed one against"),
+    "mask": (name, "image file, 0 where a pixel is missing"),
+    "missing": (rate, "share of the pixels to hide, from the seed, to score them"),
     "kernel_size": (side, "side of the Gaussian PSF, pixels"),
     "kernel_sigma": (number(float, 1e-3, "a number from 0.001"), "its width, pixels"),
     "kernel": (name, "file of any other PSF: .mat, .npy or an image"),
@@ -137,7 +139,7 @@ OPTIONS = {
 # What leaves the restored pixels as they are; what a folder's name tells in its own way.
 IRRELEVANT = ["path", "reference", "resume", "test_frequency", "device", "model_type"]
 IRRELEVANT += ["log_path"]
-NAMED = ["sigma", "observed", "recipe", "kernel_size", "kernel_sigma", "kernel"]
+NAMED = ["sigma", "observed", "mask", "recipe", "kernel_size", "kernel_sigma", "kernel"]
 
 
 def parse_arguments(description, defaults, decide, argv=None):
@@ -181,6 +183,10 @@ def parse_arguments(description, defaults, decide, argv=None):
         if asked == "on":
             parser.error("--fuse on needs a --drop_rate and several predictions")
         args.fuse = "off"
+    if args.mask and args.missing:
+        parser.error("--mask and --missing: one of them says which pixels are missing")
+    if (args.mask or args.missing) and args.fuse == "on":
+        parser.error("--fuse on needs a picture that is complete")
     if Path(args.model_type).name != args.model_type:
         parser.error(f"--model_type {args.model_type!r}: no name of a folder")
     if args.reference and not args.observed:
@@ -372,6 +378,12 @@ def result_names(path):
     return path.parent.resolve().name or "root", path.name
 
 
+def contents_name(path):
+    """Name a file in a results folder: its stem, and what tells other contents."""
+    contents = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return f"{Path(path).stem}-{contents[:8]}"
+
+
 def find_images(path):
     """List the image files that --path means.
 
@@ -440,6 +452,7 @@ def score(image, clean):
 
 OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "checkpoint*.pt"]
 OWN_FILES += ["error.mat", "Self2Self-*.png", "restored.*", "comparison.png"]
+OWN_FILES += ["uncertainty.png"]
 COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr", "seconds")
 CHECKPOINT_FORMAT = 3
 
@@ -463,10 +476,14 @@ class Result:
         self.restored = None  # of the last test
 
     def read(self):
-        """Read the picture; return its pixels, (C, H, W), [0, 1].
+        """Read the picture.
 
-        They, or those of --reference, are what results are scored against; an
+        Its pixels, or those of --reference, are what results are scored against; an
         --observed image without a reference is not scored.
+
+        Returns:
+            The pixels, (C, H, W), [0, 1], and 1 where they are known, 0 where they are
+            missing: (C, H, W) or (1, H, W), float32.
         """
         self.picture = read_picture(self.path, self.args.crop)
         self.size = describe(*self.picture.image.shape)
@@ -479,7 +496,30 @@ class Result:
                     f"{self.picture.whole}"
                 )
             self.clean = reference.image
-        return self.picture.image
+        self.known = self._known()
+        return self.picture.image, self.known
+
+    def _known(self):
+        """Return what --mask or --missing say is known: see `read`."""
+        known = np.ones((1, *self.picture.image.shape[1:]), np.float32)
+        if self.args.missing:  # other draws than the noise's
+            draws = np.random.default_rng((self.args.seed, 1)).random(known.shape)
+            known = (draws >= self.args.missing).astype(np.float32)
+        if self.args.mask:
+            mask = read_picture(self.args.mask, self.args.crop)
+            ours, theirs = self.picture.whole.split(), mask.whole.split()
+            if ours[0] != theirs[0] or len(mask.image) not in (
+                1,
+                len(self.picture.image),
+            ):
+                raise InputError(
+                    f"{self.args.mask}: {mask.whole}, but {self.path} is "
+                    f"{self.picture.whole}"
+                )
+            known = (mask.image != 0).astype(np.float32)
+        if not known.any():
+            raise InputError(f"{self.path}: every pixel is missing")
+        return known
 
     def begin(self, learner, observation, kernel=None, **simulated):
         """Make the folder ready, and write the observation and what it was made of.
@@ -496,6 +536,8 @@ class Result:
         Then `sigma` is the noise's, for fusing: simulated, given or estimated.
         """
         self.observation, fuse = observation, self.args.fuse == "on"
+        # Without noise and blur what is known is the result.
+        self.exact = not (self.args.sigma or kernel is not None or self.known.all())
         self.sigma = self.args.noise_sigma or self.args.sigma
         if self.args.observed and fuse and not self.args.noise_sigma:
             self.sigma = estimate_sigma(observation)
@@ -541,16 +583,18 @@ class Result:
         late = time.perf_counter() - self.saved_at > SAVE_EVERY
         return late or self.is_test(step)
 
-    def add(self, step, loss, ensemble, fused=None, error=None):
+    def add(self, learner, ensemble, fused=None, error=None):
         """Take a test into the log, and save its picture.
 
         Args:
-            step: training steps done.
-            loss: mean loss since the last test.
+            learner: the network.Self2Self, which has just predicted.
             ensemble: the ensemble's mean, (C, H, W).
             fused: that, fused with the observation, which then is the result.
             error: the fused one's predicted squared error, (C, H, W).
         """
+        step, loss = learner.step, learner.mean_loss()
+        if self.exact:
+            ensemble = np.where(self.known, self.observation, ensemble)
         self.restored = ensemble if fused is None else fused
         psnr = ssim = plain = None
         if self.clean is not None:
@@ -561,6 +605,8 @@ class Result:
         self.changed = True
         if error is not None:
             save_mat(self.folder / "error.mat", "error", error)
+        deviation = 255 * np.sqrt(learner.variance.mean(0))
+        write_atomically(self.folder / "uncertainty.png", uncertainty(deviation))
         self.picture.save(self.folder / f"Self2Self-{step}.png", self.restored)
         self._write_record()
         tqdm.write(f"{self.name}: {row_text(self.rows[-1])}")
@@ -568,7 +614,8 @@ class Result:
     def start_over(self, note):
         """Drop the tests of a network that has died, and note what happened."""
         self.rows.clear()
-        for file in (*self.folder.glob("Self2Self-*.png"), self.folder / "error.mat"):
+        files = self.folder / "error.mat", self.folder / "uncertainty.png"
+        for file in (*self.folder.glob("Self2Self-*.png"), *files):
             file.unlink(missing_ok=True)
         self.notes.append(note)
         self.changed = True
@@ -598,7 +645,7 @@ class Result:
 
     def release(self):
         """Let go of the pixels, once the image is done: the log needs none."""
-        self.picture = self.clean = self.observation = self.restored = None
+        self.picture = self.clean = self.known = self.observation = self.restored = None
 
     def save_checkpoint(self, learner):
         """Save all that the coming steps and the results depend on."""
@@ -713,8 +760,8 @@ class Run:
     def __init__(self, args, usual, psf=None):
         self.args, self.results, self.failed = args, [], []
         self.stopped, self.bar, self.logged = None, None, False
-        self._name_settings(usual, psf)
         try:
+            self._name_settings(usual, psf)
             self._name_logs()
             self.files = find_images(args.path)
             self._check()
@@ -735,10 +782,15 @@ class Run:
         told = {k: v for k, v in vars(args).items() if k not in IRRELEVANT + NAMED}
         if args.schedule == "constant":
             del told["iteration"]  # a longer run goes on from a shorter one
-        sigma = None if args.observed else args.sigma
-        self.settings = told | {"recipe": args.recipe, "sigma": sigma, "psf": psf}
-        parts = ["observed" if sigma is None else f"sigma{sigma:g}"]
+        named = {"observed": args.observed, "sigma": args.sigma, "psf": psf}
+        if args.observed and args.sigma:
+            del named["sigma"]  # nothing is added; 0 says that there is no noise
+        parts = ["observed"] * args.observed
+        parts += [f"sigma{args.sigma:g}"] * ("sigma" in named)
+        mask = args.mask and contents_name(args.mask)
+        parts += [f"mask-{mask}"] * bool(mask)
         parts += [psf, args.recipe] if psf else [args.recipe]
+        self.settings = told | named | {"recipe": args.recipe, "mask": mask}
         for key, value in told.items():
             if value != usual[key]:
                 parts += [f"{key}-{value}" if type(value) is str else f"{key}{value:g}"]
@@ -766,7 +818,8 @@ class Run:
             there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
             if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
                 raise InputError(f"{there}: make it a folder that can be written to")
-        inputs = [*self.files, args.reference, getattr(args, "kernel", None)]
+        inputs = [*self.files, args.reference, args.mask]
+        inputs += [getattr(args, "kernel", None)]
         inputs = {Path(file).resolve() for file in inputs if file}
         for path in self.logs:
             if path.is_dir() or path.resolve() in inputs:
@@ -980,6 +1033,20 @@ def comparison(panels):
         psnr = scores and scores[0] is not None and f" {scores[0]:.2f} dB"
         axes.set_title(label + (psnr or ""))
         axes.set_axis_off()
+    return drawn(figure)
+
+
+def uncertainty(deviation):
+    """Draw the predictions' standard deviation (H, W), 0-255 scale, as a PNG's bytes."""
+    height, width = deviation.shape
+    every = math.ceil(max(height, width) / PANEL)
+    figure = Figure(
+        figsize=(6, 5 * height / width + 0.4), dpi=160, layout="constrained"
+    )
+    axes = figure.subplots()
+    shown = axes.imshow(deviation[::every, ::every], cmap="magma", vmin=0)
+    axes.set_axis_off()
+    figure.colorbar(shown, label="standard deviation of the predictions, 0-255 scale")
     return drawn(figure)
 
 

@@ -110,11 +110,13 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     ratio = noise * (1 / passed).mean((1, 2), keepdim=True) / mean
     # Twice the noise's energy is not chance, whatever the predictions agree upon.
     margin = 1 + (CAUTION * ratio**2).clamp(max=1)
-    found = torch.fft.rfft2(wiener(residual, margin * noise))
-    found *= transfer.conj() / passed
+    found, fused = wiener(residual, margin * noise), torch.empty_like(f)
+    for plane, inverse in enumerate(transfer.conj() / passed):
+        spectrum = torch.fft.rfft2(found[plane]) * inverse
+        fused[plane] = f[plane] + torch.fft.irfft2(spectrum, s=size)
+    del found
     left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
     left = left.mean((1, 2), keepdim=True)
-    fused = f + torch.fft.irfft2(found, s=size)
     if (transfer - 1).abs().max() < 1e-6 and noise > (LEAST_SIGMA / 255) ** 2:
         second, risk = filter_groups(fused, y, noise)
         around = {"stride": 1, "padding": AROUND // 2, "count_include_pad": False}
@@ -130,13 +132,16 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
 
 def quiet(residual):
     """Return the energy that all but the quiet quarter of a residual's spectrum reach."""
-    spectrum = torch.fft.rfft2(residual, norm="ortho").abs() ** 2
+    spectra = (torch.fft.rfft2(plane, norm="ortho").abs() ** 2 for plane in residual)
     bins = [
-        part.mean()
-        for rows in spectrum.tensor_split(BINS, 1)
-        for part in rows.tensor_split(BINS, 2)
+        [
+            part.mean()
+            for rows in spectrum.tensor_split(BINS)
+            for part in rows.tensor_split(BINS, 1)
+        ]
+        for spectrum in spectra  # one by one, for memory's sake
     ]
-    return torch.stack(bins).quantile(QUIET).item()
+    return torch.tensor(bins).mean(0).quantile(QUIET).item()
 
 
 def wiener(residual, noise):
@@ -148,24 +153,26 @@ def wiener(residual, noise):
     right, below = REACH + width % STRIDE, REACH + height % STRIDE
     around = (REACH, right, REACH, below)
     basis = cosines().to(residual)
-    residual = F.pad(residual[:, None], around, mode="reflect")
+    filtered = torch.empty_like(residual)
     rows = max(2 * REACH, SLAB // width // STRIDE * STRIDE)
-    slabs = [
-        _wiener(residual[:, :, top : top + rows + 2 * REACH], noise, basis)
-        for top in range(0, height, rows)
-    ]
-    return torch.cat(slabs, 2)[:, 0, :height, :width]
+    for plane, strength, result in zip(residual, noise, filtered):
+        plane = F.pad(plane[None, None], around, mode="reflect")
+        for top in range(0, height, rows):
+            slab = plane[:, :, top : top + rows + 2 * REACH]
+            slab = _wiener(slab, strength, basis)[0, 0, :, :width]
+            result[top : top + rows] = slab[: height - top]
+    return filtered
 
 
 def _wiener(residual, noise, basis):
-    """The same of (C, 1, H + 2 REACH, W + 2 REACH), of which (C, 1, H, W) is left."""
+    """The same of (1, 1, H + 2 REACH, W + 2 REACH), of which (1, 1, H, W) is left."""
     edge = WINDOW // 2
-    waves = F.conv2d(residual, basis, stride=STRIDE)  # (C, PATCH^2, h, w)
+    waves = F.conv2d(residual, basis, stride=STRIDE)  # (1, PATCH^2, h, w)
     energy = F.avg_pool2d(waves**2, WINDOW, 1)
-    bands = energy.flatten(2).transpose(1, 2).unflatten(2, (PATCH, PATCH))
+    bands = energy[0].flatten(1).T.unflatten(1, (PATCH, PATCH))
     bands = F.avg_pool2d(bands, BAND, 1, BAND // 2, count_include_pad=False)
-    energy = bands.flatten(2).transpose(1, 2).reshape(energy.shape)
-    share = (1 - noise[:, None] / energy.clamp(min=1e-12)).clamp(min=0)
+    energy = bands.flatten(1).T.reshape(energy.shape)
+    share = (1 - noise / energy.clamp(min=1e-12)).clamp(min=0)
     kept = waves[..., edge:-edge, edge:-edge] * share
     filtered = F.conv_transpose2d(kept, basis, stride=STRIDE)
     edge = PATCH - STRIDE

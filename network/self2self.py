@@ -147,7 +147,8 @@ class Self2Self:
             # the same weights on every device
             network = Punet(y.shape[1], self.drop_rate, self.ratio)
         if self.start == "mean":
-            mean = y.mean((0, 2, 3)).clamp(0.02, 0.98).cpu()
+            sums, counts = ((known * x).sum((0, 2, 3)) for x in (y, torch.ones_like(y)))
+            mean = (sums / counts.clamp(min=1)).clamp(0.02, 0.98).cpu()
             with torch.no_grad():
                 network.decoder[-1][-1].bias.copy_(torch.logit(mean))
         if (

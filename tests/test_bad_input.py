@@ -44,6 +44,14 @@ def bad_inputs():
         ("--colour yes", "--colour"),
         ("--optimizer sgd", "--optimizer"),
         ("--fuse maybe", "--fuse"),
+        ("--missing 1", "--missing"),
+        ("--path good.png --missing 0.5 --mask good.png", "one of them"),
+        ("--path good.png --missing 0.5 --fuse on", "complete"),
+        ("--path good.png --mask nowhere.png", "nowhere.png"),
+        ("--path good.png --mask text.png", "text.png is damaged"),
+        ("--path good.png --mask black.png", "every pixel is missing"),
+        ("--path good.png --mask wide.png", "wide.png: 40x32"),
+        ("--path good.png --mask coloured.png", "coloured.png: 32x32 colour"),
         ("--fuse on --drop_rate 0", "--drop_rate"),
         ("--noise_sigma 5", "--observed"),
         ("--path good.png --observed --noise_sigma 5", "--fuse on"),
@@ -106,6 +114,9 @@ def bad_files():
     write("good.png")
     write("rgb.png", channels=3)
     write("small.png", side=31)
+    cv2.imwrite("black.png", np.zeros((32, 32), np.uint8))
+    cv2.imwrite("wide.png", np.ones((32, 40), np.uint8))
+    write("coloured.png", channels=3)
     write("big.png", side=64)
     write("images/in/good.png")
     Path("odd").mkdir()

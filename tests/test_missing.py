@@ -1,0 +1,112 @@
+"""Pictures of which pixels are missing: what is hidden, what comes back, what is named."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from scripts import SCRIPTS, run, write
+
+import utils
+
+
+def folder_of(task, picture="in/a.png"):
+    """The only folder that the last run left; it is renamed, so that the next has its own."""
+    (found,) = Path("images", picture, task).iterdir()
+    return found.rename(f"{found.name}-{len(list(Path().iterdir()))}")
+
+
+def read(path):
+    return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_hidden_pixels_are_a_share_of_all_and_known_ones_come_back(channels):
+    write("in/a.png", channels, side=64)
+    clean, hidden = read("in/a.png").clip(min=1), []  # 0 means hidden, below
+    cv2.imwrite("in/a.png", clean)
+    clean = clean.reshape(64, 64, -1)
+    for flags in ("--seed 3", "--seed 3", "--seed 4"):
+        assert run("denoise", f"--path in/a.png --sigma 0 --missing 0.7 {flags}") == 0
+        made = folder_of("denoise")
+        assert "sigma0_" in made.name and "missing0.7" in made.name
+        assert not (made / "error.mat").exists()
+        observation = read(made / "noisy.png").reshape(64, 64, -1)
+        restored = read(made / "restored.png").reshape(64, 64, -1)
+        gone = (observation == 0).all(2)
+        assert 0.65 < gone.mean() < 0.75
+        np.testing.assert_array_equal(observation[~gone], clean[~gone])
+        np.testing.assert_array_equal(restored[~gone], clean[~gone])
+        assert (restored[gone] > 0).all()
+        hidden.append(gone)
+    assert (hidden[0] == hidden[1]).all() and (hidden[0] != hidden[2]).any()
+
+
+def test_noise_and_blur_leave_no_pixel_as_it_was():
+    write("in/a.png", side=64)
+    for task, sigma in (("denoise", 5), ("deblur", 0)):
+        assert run(task, f"--path in/a.png --sigma {sigma} --missing 0.5") == 0
+        made = folder_of(task)
+        observation, restored = read(made / "noisy.png"), read(made / "restored.png")
+        known = observation > 0
+        assert (restored[known] != observation[known]).mean() > 0.9
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_mask_says_what_is_missing(task):
+    write("in/a.png", 3, side=64)
+    mask = np.full((64, 64), 255, np.uint8)
+    mask[20:30, 5:40] = 0
+    names = set()
+    for value in (255, 1, 0):  # whatever is not 0 is known
+        mask[50] = value
+        cv2.imwrite("in/mask.tif", mask)
+        flags = "--path in/a.png --mask in/mask.tif --crop 48 --observed --sigma 0"
+        assert run(task, flags) == 0
+        made = folder_of(task)
+        assert made.name.startswith("observed_sigma0_mask-mask-")
+        names.add(made.name.rpartition("-")[0])
+        gone = (read(made / "noisy.png") == 0).all(2)
+        assert (gone == (mask[8:56, 8:56] == 0)).mean() > 0.99
+    assert len(names) == 3
+
+
+def test_each_channel_has_a_mask_of_its_own():
+    write("in/a.png", 3, side=40)
+    mask = np.full((40, 40, 3), 9, np.uint8)
+    mask[:20, :, 2] = 0  # red, in OpenCV's order
+    cv2.imwrite("in/mask.png", mask)
+    assert run("denoise", "--path in/a.png --mask in/mask.png --sigma 0") == 0
+    observation = read(folder_of("denoise") / "noisy.png")
+    assert (observation[:20, :, 2] == 0).all()
+    np.testing.assert_array_equal(observation[..., :2], read("in/a.png")[..., :2])
+
+
+def test_resumed_runs_keep_what_is_missing():
+    write("in/a.png", side=40)
+    flags = "--path in/a.png --sigma 0 --missing 0.5 --recipe paper"
+    assert run("denoise", flags) == 0
+    whole = folder_of("denoise")
+    assert run("denoise", f"{flags} --iteration 2") == 0
+    assert run("denoise", f"{flags} --resume") == 0
+    again = folder_of("denoise")
+    for name in ("restored.png", "noisy.png", "uncertainty.png"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_uncertainty_is_the_predictions_deviation(monkeypatch):
+    drawn, draw = [], utils.uncertainty
+    monkeypatch.setattr(utils, "uncertainty", lambda x: drawn.append(x) or draw(x))
+    learners, add = [], utils.Result.add
+
+    def watched(result, learner, *arrays):
+        learners.append(learner.variance.copy())
+        add(result, learner, *arrays)
+
+    monkeypatch.setattr(utils.Result, "add", watched)
+    write("in/a.png", 3, side=40)
+    assert run("denoise", "--path in/a.png") == 0
+    # planes are orthonormal: the mean over them is the mean over the channels
+    np.testing.assert_allclose(drawn[-1] ** 2, 255**2 * learners[-1].mean(0), rtol=1e-4)
+    picture = read(folder_of("denoise") / "uncertainty.png")
+    assert min(picture.shape[:2]) > 300
