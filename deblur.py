@@ -51,9 +51,8 @@ DEFAULTS = {
 
 
 def decide(args):
-    """Return what the recipe decides; what a Gaussian blur has taken away is gone."""
-    fuse = bool(args.kernel and args.sigma) and not args.observed
-    fuse = fuse and not (args.mask or args.missing)
+    """Return what the recipe decides; a camera's noise is not known, nor white."""
+    fuse = bool(args.sigma) and not (args.observed or args.mask or args.missing)
     return recipes.decided(args.recipe, args.device, fuse=fuse)
 
 

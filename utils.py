@@ -703,7 +703,8 @@ class Result:
             tqdm.write(f"{self.name}: {done} step {learner.step}")
         if steps > 0:
             tests = math.ceil(steps / self.args.test_frequency)
-            seconds = learner.forecast(steps, tests, self.args.num_prediction)
+            planned = steps, tests, self.args.num_prediction, self.args.fuse == "on"
+            seconds = learner.forecast(*planned)
             tqdm.write(f"{self.name}: {steps} steps take about {duration(seconds)}")
 
     def _make_room(self):

@@ -25,17 +25,13 @@ LEAST_POWER = 1e-4
 # to this many times the ensemble's error.
 AMPLIFICATION = 8
 
+LEAST_SIGMA = 0.5  # noise, 0-255 scale, up to which there is no second pass
+AROUND = 25  # pixels a side, over which the residual's energy tells what f missed
+
 # Measured on crops of House, Peppers and kodim01, sigma 10 to 50:
 SPREAD = 2.2  # the ensemble's squared error, in units of its predictions' variance
-GAIN = (
-    0.3  # share of the squared error that is y's noise, which the second pass removes
-)
 CAUTION = 0.001  # energy taken for noise over the noise's, per (noise over error)^2
-
-
-# Less noise than this, 0-255 scale, is left to the frequencies alone.
-LEAST_SIGMA = 0.5
-AROUND = 25  # pixels a side, over which the residual's energy tells what f missed
+GAIN = 0.3  # of the squared error that comes with y, what the second pass removes
 
 
 def opponent(like):
@@ -75,9 +71,11 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     believed that is lower than what the quiet quarter of the residual's spectrum holds,
     less the error.
 
-    For A = identity a second pass over similar patches follows: see
-    `similar.filter_groups`. Where it risks more than f errs, f is kept. How much f errs
-    its predictions' variance tells, or the residual's energy nearby.
+    A second pass over similar patches follows: see `similar.filter_groups`. Its
+    observation is y, or under a blur f + r / A's transfer function, and with the result
+    in f's place once more. Where the pass risks more than f errs, f is kept. How much f
+    errs its predictions' variance tells, or the energy nearby of what the pass's
+    observation has besides f.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
@@ -105,29 +103,46 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
     power = transfer.abs() ** 2
     noise = quiet(residual) - (mean.mean() * power.mean()).item()
     noise = max((sigma / 255) ** 2, noise)
-    least = (noise / mean / AMPLIFICATION).clamp(min=LEAST_POWER, max=1)
-    passed = torch.maximum(power, least)
+    passed = bounded(power, noise / mean)
     ratio = noise * (1 / passed).mean((1, 2), keepdim=True) / mean
     # Twice the noise's energy is not chance, whatever the predictions agree upon.
     margin = 1 + (CAUTION * ratio**2).clamp(max=1)
-    found, fused = wiener(residual, margin * noise), torch.empty_like(f)
-    for plane, inverse in enumerate(transfer.conj() / passed):
-        spectrum = torch.fft.rfft2(found[plane]) * inverse
-        fused[plane] = f[plane] + torch.fft.irfft2(spectrum, s=size)
-    del found
+    pilot = f + convolve(wiener(residual, margin * noise), transfer.conj() / passed)
     left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
     left = left.mean((1, 2), keepdim=True)
-    if (transfer - 1).abs().max() < 1e-6 and noise > (LEAST_SIGMA / 255) ** 2:
-        second, risk = filter_groups(fused, y, noise)
-        around = {"stride": 1, "padding": AROUND // 2, "count_include_pad": False}
-        missed = F.avg_pool2d(residual**2, AROUND, **around) - noise
-        ratio = risk / torch.maximum(error, missed).clamp(min=1e-12)
-        fused = second.lerp(f, ratio**2 / (1 + ratio**2))
+    if noise > (LEAST_SIGMA / 255) ** 2:
         left = left * (1 - GAIN * (1 - left))
-    fused = torch.tensordot(planes.T, fused, 1)
+        best = f
+        # Of what a blur has weakened, more is believed the better the estimate is.
+        for expected in (mean, mean * left)[: 1 + int((passed > power).any())]:
+            inverse = transfer.conj() / bounded(power, noise / expected)
+            restored = best + convolve(y - forward_operator(best[None])[0], inverse)
+            # Coloured noise does not average out as white noise does.
+            level = noise * (inverse.abs() ** 4).mean().sqrt().item()
+            pilot, risk = filter_groups(pilot, restored, level)
+            around = {"stride": 1, "padding": AROUND // 2, "count_include_pad": False}
+            missed = F.avg_pool2d((restored - f) ** 2, AROUND, **around) - level
+            ratio = risk / torch.maximum(error, missed).clamp(min=1e-12)
+            pilot = best = pilot.lerp(f, ratio**2 / (1 + ratio**2))
+    fused = torch.tensordot(planes.T, pilot, 1)
     # of planes that err independently
     error = torch.tensordot(planes.T**2, error * left, 1)
     return fused.cpu().numpy(), error.cpu().numpy()
+
+
+def bounded(power, noise_over_error):
+    """Bound from below what is divided by, the power that a blur has left: (C, H, W')."""
+    least = (noise_over_error / AMPLIFICATION).clamp(min=LEAST_POWER, max=1)
+    return torch.maximum(power, least)
+
+
+def convolve(images, transfers):
+    """Convolve planes (C, H, W) circularly, with the transforms of what is given."""
+    size = images.shape[1:]
+    pairs = zip(images, transfers)  # one by one, for memory's sake
+    return torch.stack(
+        [torch.fft.irfft2(torch.fft.rfft2(x) * h, s=size) for x, h in pairs]
+    )
 
 
 def quiet(residual):

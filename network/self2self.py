@@ -313,10 +313,11 @@ class Self2Self:
             )
 
     @torch.inference_mode()
-    def forecast(self, steps, tests, num_prediction):
-        """Estimate the seconds that training steps and tests will take.
+    def forecast(self, steps, tests, num_prediction, fuse):
+        """Estimate the seconds that training steps and tests, fused or not, will take.
 
-        From two predictions of a window: a step takes as long as some three of them.
+        From two predictions of a window: a step takes as long as some three of them,
+        fusing as long as some twenty of the picture for every channel.
         """
         height, width = self.window
         y, known = (x[..., :height, :width] for x in (self.y, self.known))
@@ -329,8 +330,9 @@ class Self2Self:
             sum(last - first for first, last, _ in tiles(size))
             for size in self.y.shape[2:]
         )
-        tested = tests * self.ensemble_size(num_prediction) * rows * columns
-        return seconds * (3 * steps * self.bs + tested / (height * width))
+        tested = self.ensemble_size(num_prediction) * rows * columns
+        tested += 20 * fuse * self.y.numel()
+        return seconds * (3 * steps * self.bs + tests * tested / (height * width))
 
     def ensemble_size(self, num_prediction):
         """Return how many predictions are averaged: of a large picture fewer.

@@ -102,7 +102,9 @@ def test_fusing_without_noise_gives_y_and_with_much_the_ensemble(channels):
 
 
 @pytest.mark.parametrize("operator", [identity, CircularBlur(gaussian_psf(15, 1.0))])
-def test_fusing_does_not_believe_a_level_far_too_low(operator):
+def test_fusing_does_not_believe_a_level_far_too_low(operator, monkeypatch):
+    """White textures have no similar patches: frequencies alone."""
+    monkeypatch.setattr(fusion, "filter_groups", without_pass)
     clean, f, _ = observed(0.03, 0)
     noise = 0.1 * torch.randn(1, 128, 128, generator=seeded())
     y = (operator(torch.from_numpy(clean)[None])[0] + noise).numpy()
@@ -110,7 +112,7 @@ def test_fusing_does_not_believe_a_level_far_too_low(operator):
     low, _ = fused(f, y, 5, 0.03, operator)
     errors = [((x - clean) ** 2).mean() for x in (f, right, low)]
     assert errors[1] < errors[0] * 1.01
-    assert errors[2] < errors[0] * 1.25
+    assert errors[2] < errors[0] * 1.1
 
 
 def test_quiet_quarter_of_a_spectrum_is_its_definition():
@@ -142,7 +144,8 @@ def test_fusing_under_a_blur_of_one_pixel_is_the_pointwise_form():
     np.testing.assert_allclose(error, expected_error, atol=1e-6)
 
 
-def test_fusing_does_not_blow_up_what_a_blur_has_taken():
+def test_frequencies_do_not_blow_up_what_a_blur_has_taken(monkeypatch):
+    monkeypatch.setattr(fusion, "filter_groups", without_pass)
     clean = ndimage.gaussian_filter(random_image(1, 64, 64).numpy(), (0, 1.5, 1.5))
     blur = CircularBlur(gaussian_psf(15, 2.0))
     noise = 0.01 * torch.randn(1, 64, 64, generator=seeded())

@@ -85,7 +85,7 @@ def test_fast_fuses_where_it_pays():
     for flags in ("--sigma 0", "--drop_rate 0", "--num_prediction 1", "--observed"):
         assert not fuses("denoise", flags)
         assert not fuses("deblur", f"--kernel psf.npy {flags}")
-    assert not fuses("deblur", "")  # a Gaussian blur
+    assert fuses("deblur", "") and not fuses("deblur", "--missing 0.5")
     assert not fuses("denoise", "--recipe paper")
 
 

@@ -1,14 +1,17 @@
 """The second pass over similar patches against its definition, and what it may never do."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 from skimage import data
 from tensors import identity, random_image, seeded, without_pass
 
+from deblur import CircularBlur, gaussian_psf
 from network import fusion, similar
 from network.similar import filter_groups
+from utils import gaussian_noise
 
 
 def naive_filter(pilot, y, noise, patch, size, gain):
@@ -103,19 +106,43 @@ def test_pass_finds_a_detail_that_the_pilot_has_only_faintly():
     assert (result - clean).square().mean() < 0.05 * (pilot - clean).square().mean()
 
 
-@pytest.mark.parametrize("sigma", [5, 15, 25, 50])
-def test_fused_results_gain_by_the_pass(sigma, monkeypatch):
+def saved(task):
+    """A clean crop of camera, its observation, and what `fast` made of it in 500 steps."""
+    arrays = np.load(Path(__file__).parent / "fixtures/ensembles.npz")
+    f, deviation = (arrays[f"{task}_{x}"] for x in ("ensemble", "deviation"))
     clean = data.camera()[None, 100:196, 200:296].astype(np.float32) / 255
-    noise = np.random.default_rng(0).standard_normal(clean.shape, np.float32)
-    y = clean + noise * sigma / 255
-    f = ndimage.gaussian_filter(y, (0, sigma**0.5 / 5, sigma**0.5 / 5))
-    variance = np.full_like(y, ((f - clean) ** 2).mean() / fusion.SPREAD)
-    result, predicted = fusion.fuse(f, variance, y, sigma, identity)
+    blur = CircularBlur(gaussian_psf(15, 1.0))
+    operator, sigma = {"denoise": (identity, 25), "deblur": (blur, 10)}[task]
+    y = operator(torch.from_numpy(clean)[None])[0].numpy()
+    y = y + gaussian_noise(clean.shape, sigma, 0)
+    variance = deviation.astype(np.float32) ** 2
+    return clean, (f.astype(np.float32), variance, y, sigma, operator)
+
+
+def decibels(image, clean):
+    return -10 * np.log10(((image - clean) ** 2).mean())
+
+
+@pytest.mark.parametrize("task", ["denoise", "deblur"])
+def test_a_networks_result_gains_by_the_pass(task, monkeypatch):
+    clean, known = saved(task)
+    result, predicted = fusion.fuse(*known)
     monkeypatch.setattr(fusion, "filter_groups", without_pass)
-    before, _ = fusion.fuse(f, variance, y, sigma, identity)
-    errors = [((x - clean) ** 2).mean() for x in (before, result)]
-    assert 0.5 < predicted.mean() / errors[1] < 2
-    assert errors[1] < 0.97 * errors[0]
+    before, _ = fusion.fuse(*known)
+    assert decibels(before, clean) > decibels(known[0], clean) + 0.1
+    assert decibels(result, clean) > decibels(before, clean) + 0.25
+    assert 0.7 < predicted.mean() / ((result - clean) ** 2).mean() < 1.4
+
+
+@pytest.mark.parametrize("error", [0.02, 0.05])
+def test_an_ensemble_that_errs_less_than_the_pass_is_kept(error):
+    """White texture: no two patches are alike."""
+    clean = random_image(1, 96, 96).numpy()
+    draws = np.random.default_rng(0).standard_normal((2, *clean.shape), np.float32)
+    f, y = clean + error * draws[0], clean + 0.2 * draws[1]
+    variance = np.full_like(y, error**2 / fusion.SPREAD)
+    result, _ = fusion.fuse(f, variance, y, 51, identity)
+    assert decibels(result, clean) > decibels(f, clean) - 0.6
 
 
 def test_planes_of_a_colour_picture_keep_the_noise_white():
