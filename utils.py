@@ -473,7 +473,7 @@ class Result:
         self.rows, self.notes, self.seconds, self.saved_step = [], [], 0.0, None
         self.begun = False
         self.changed = False  # since the log was written
-        self.restored = None  # of the last test
+        self.restored = self.deviation = None  # of the last test
 
     def read(self):
         """Read the picture.
@@ -596,6 +596,7 @@ class Result:
         if self.exact:
             ensemble = np.where(self.known, self.observation, ensemble)
         self.restored = ensemble if fused is None else fused
+        self.deviation = 255 * np.sqrt(learner.variance.mean(0))
         psnr = ssim = plain = None
         if self.clean is not None:
             psnr, ssim = score(self.restored, self.clean)
@@ -605,8 +606,6 @@ class Result:
         self.changed = True
         if error is not None:
             save_mat(self.folder / "error.mat", "error", error)
-        deviation = 255 * np.sqrt(learner.variance.mean(0))
-        write_atomically(self.folder / "uncertainty.png", uncertainty(deviation))
         self.picture.save(self.folder / f"Self2Self-{step}.png", self.restored)
         self._write_record()
         tqdm.write(f"{self.name}: {row_text(self.rows[-1])}")
@@ -614,8 +613,7 @@ class Result:
     def start_over(self, note):
         """Drop the tests of a network that has died, and note what happened."""
         self.rows.clear()
-        files = self.folder / "error.mat", self.folder / "uncertainty.png"
-        for file in (*self.folder.glob("Self2Self-*.png"), *files):
+        for file in (*self.folder.glob("Self2Self-*.png"), self.folder / "error.mat"):
             file.unlink(missing_ok=True)
         self.notes.append(note)
         self.changed = True
@@ -636,6 +634,8 @@ class Result:
         if self.rows:
             path = self.folder / f"restored{self.picture.suffix}"
             self.picture.save(path, self.restored)
+            picture = uncertainty(self.deviation)
+            write_atomically(self.folder / "uncertainty.png", picture)
             panels = [("observation", self.observation, self.scores)]
             panels += [("restored", self.restored, self.rows[-1][2:4])]
             panels += [] if self.clean is None else [("clean", self.clean, None)]
@@ -645,14 +645,16 @@ class Result:
 
     def release(self):
         """Let go of the pixels, once the image is done: the log needs none."""
-        self.picture = self.clean = self.known = self.observation = self.restored = None
+        self.picture = self.clean = self.known = self.observation = None
+        self.restored = self.deviation = None
 
     def save_checkpoint(self, learner):
         """Save all that the coming steps and the results depend on."""
         state = {"format": CHECKPOINT_FORMAT, "made_from": self.made_from}
         state |= {"rows": self.rows, "notes": self.notes}
         state |= {"seconds": time.perf_counter() - self.started}
-        state |= {"restored": torch.from_numpy(self.restored) if self.rows else None}
+        for key, array in ("restored", self.restored), ("deviation", self.deviation):
+            state[key] = torch.from_numpy(array) if self.rows else None
         with atomic_file(self.folder / "checkpoint.pt") as file:
             torch.save(state | {"learner": learner.state_dict()}, file)
         self.saved_step, self.saved_at = learner.step, time.perf_counter()
@@ -691,7 +693,9 @@ class Result:
             saved["seconds"],
             step,
         )
-        self.restored = saved["restored"].numpy() if self.rows else None
+        if self.rows:
+            self.restored = saved["restored"].numpy()
+            self.deviation = saved["deviation"].numpy()
         return True
 
     def _announce(self, learner):
