@@ -179,6 +179,16 @@ def parse_arguments(description, defaults, decide, argv=None):
     for key, value in decide(args).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
+    refuse_contradictions(parser, args, asked)
+    return args
+
+
+def refuse_contradictions(parser, args, asked):
+    """Turn fusing off where it cannot be, and exit where flags contradict each other.
+
+    Args:
+        asked: what --fuse was on the command line, or None.
+    """
     if not (args.drop_rate and args.num_prediction > 1):
         if asked == "on":
             parser.error("--fuse on needs a --drop_rate and several predictions")
@@ -193,7 +203,6 @@ def parse_arguments(description, defaults, decide, argv=None):
         parser.error("--reference goes with --observed")
     if args.noise_sigma and not (args.observed and args.fuse == "on"):
         parser.error("--noise_sigma goes with --observed and --fuse on")
-    return args
 
 
 # --- pictures in and out -------------------------------------------------------------
@@ -535,21 +544,16 @@ class Result:
 
         Then `sigma` is the noise's, for fusing: simulated, given or estimated.
         """
-        self.observation, fuse = observation, self.args.fuse == "on"
+        self.observation = observation
         # Without noise and blur what is known is the result.
         self.exact = not (self.args.sigma or kernel is not None or self.known.all())
-        self.sigma = self.args.noise_sigma or self.args.sigma
-        if self.args.observed and fuse and not self.args.noise_sigma:
-            self.sigma = estimate_sigma(observation)
-            if self.sigma is None:
-                raise InputError(
-                    f"{self.path}: no noise is found; --noise_sigma names it"
-                )
+        self.sigma = self._noise_level()
         self.scores = None if self.clean is None else score(observation, self.clean)
         self.heading = f"{self.name}: {self.size}"
         if self.scores:
             self.heading += f", observation {self.scores[0]:.3f} dB"
-        self.heading += f", noise sigma {self.sigma:.4g}" * fuse
+        if self.args.fuse == "on":
+            self.heading += f", noise sigma {self.sigma:.4g}"
         sums = {
             key: None if array is None else hashlib.sha256(array).hexdigest()
             for key, array in (
@@ -572,6 +576,16 @@ class Result:
         self._announce(learner)
         self.saved_at = time.perf_counter()
         self.started = self.saved_at - self.seconds
+
+    def _noise_level(self):
+        """Return the noise's sigma: simulated, given, or where fusing asks, estimated."""
+        estimated = self.args.observed and not self.args.noise_sigma
+        if not (estimated and self.args.fuse == "on"):
+            return self.args.noise_sigma or self.args.sigma
+        sigma = estimate_sigma(self.observation)
+        if sigma is None:
+            raise InputError(f"{self.path}: no noise is found; --noise_sigma names it")
+        return sigma
 
     def is_test(self, step):
         """Tell whether the ensemble is to be predicted after this step."""

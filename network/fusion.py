@@ -7,14 +7,9 @@ import scipy.ndimage
 import torch
 from torch.nn import functional as F
 
+from network.frequencies import wiener
 from network.similar import filter_groups
 
-PATCH = 16  # pixels a side
-STRIDE = 2  # pixels between patches
-WINDOW = 15  # patches a side, over which a frequency's energy is averaged
-BAND = 3  # frequencies a side, likewise
-REACH = PATCH - STRIDE + STRIDE * (WINDOW // 2)  # pixels that an entry is decided by
-SLAB = 2**17  # pixels worked on at a time, for memory's sake
 BINS = 8  # of the residual's spectrum, along either side
 QUIET = 0.25  # share of its bins taken to hold hardly anything but noise
 
@@ -46,15 +41,6 @@ def opponent(like):
     if len(like) == 3:
         matrix = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
     return (matrix / matrix.norm(dim=1, keepdim=True)).to(like)
-
-
-def cosines():
-    """The orthonormal cosine transform of a patch, as convolution weights."""
-    k = torch.arange(PATCH, dtype=torch.float64)
-    waves = torch.cos(math.pi / PATCH * (k + 0.5) * k[:, None]) * math.sqrt(2 / PATCH)
-    waves[0] /= math.sqrt(2)
-    planes = waves[:, None, :, None] * waves[:, None, :]
-    return planes.reshape(PATCH**2, 1, PATCH, PATCH).float()
 
 
 def fuse(ensemble, variance, observation, sigma, forward_operator):
@@ -157,42 +143,6 @@ def quiet(residual):
         for spectrum in spectra  # one by one, for memory's sake
     ]
     return torch.tensor(bins).mean(0).quantile(QUIET).item()
-
-
-def wiener(residual, noise):
-    """Filter white noise out of a residual (C, H, W), patch by patch.
-
-    The noise is its variance by plane, (C, 1, 1).
-    """
-    height, width = residual.shape[1:]
-    right, below = REACH + width % STRIDE, REACH + height % STRIDE
-    around = (REACH, right, REACH, below)
-    basis = cosines().to(residual)
-    filtered = torch.empty_like(residual)
-    rows = max(2 * REACH, SLAB // width // STRIDE * STRIDE)
-    for plane, strength, result in zip(residual, noise, filtered):
-        plane = F.pad(plane[None, None], around, mode="reflect")
-        for top in range(0, height, rows):
-            slab = plane[:, :, top : top + rows + 2 * REACH]
-            slab = _wiener(slab, strength, basis)[0, 0, :, :width]
-            result[top : top + rows] = slab[: height - top]
-    return filtered
-
-
-def _wiener(residual, noise, basis):
-    """The same of (1, 1, H + 2 REACH, W + 2 REACH), of which (1, 1, H, W) is left."""
-    edge = WINDOW // 2
-    waves = F.conv2d(residual, basis, stride=STRIDE)  # (1, PATCH^2, h, w)
-    energy = F.avg_pool2d(waves**2, WINDOW, 1)
-    bands = energy[0].flatten(1).T.unflatten(1, (PATCH, PATCH))
-    bands = F.avg_pool2d(bands, BAND, 1, BAND // 2, count_include_pad=False)
-    energy = bands.flatten(1).T.reshape(energy.shape)
-    share = (1 - noise / energy.clamp(min=1e-12)).clamp(min=0)
-    kept = waves[..., edge:-edge, edge:-edge] * share
-    filtered = F.conv_transpose2d(kept, basis, stride=STRIDE)
-    edge = PATCH - STRIDE
-    # Every pixel lies in (PATCH / STRIDE)^2 patches.
-    return filtered[..., edge:-edge, edge:-edge] * (STRIDE / PATCH) ** 2
 
 
 def estimate_sigma(observation):

@@ -16,14 +16,14 @@ from tensors import (
 )
 
 from deblur import CircularBlur, gaussian_psf
-from network import fusion
-from network.fusion import wiener
+from network import frequencies, fusion
+from network.frequencies import wiener
 
 
 def naive_wiener(residual, noise):
     """Patch by patch, frequency by frequency; noise by channel, (C, 1, 1)."""
-    size, stride, reach = fusion.PATCH, fusion.STRIDE, fusion.REACH
-    band = fusion.BAND
+    size, stride, reach = frequencies.PATCH, frequencies.STRIDE, frequencies.REACH
+    band = frequencies.BAND
     _, height, width = residual.shape
     around = [(reach, reach + height % 2), (reach, reach + width % 2)]
     padded = np.pad(residual, [(0, 0), *around], mode="reflect").astype(float)
@@ -40,7 +40,7 @@ def naive_wiener(residual, noise):
         ]
     )
     total, count = np.zeros_like(padded), np.zeros(padded.shape[1:])
-    edge = fusion.WINDOW // 2
+    edge = frequencies.WINDOW // 2
     for a in range(edge, len(waves) - edge):
         for b in range(edge, len(waves[0]) - edge):
             near = waves[a - edge : a + edge + 1, b - edge : b + edge + 1]
@@ -63,7 +63,7 @@ def test_residuals_filter_is_its_definition(shape, monkeypatch):
     expected = naive_wiener(residual.numpy(), noise.numpy())
     assert 0.1 < expected.std() < 0.8
     np.testing.assert_allclose(wiener(residual, noise), expected, atol=1e-5)
-    monkeypatch.setattr(fusion, "SLAB", 2)
+    monkeypatch.setattr(frequencies, "SLAB", 2)
     np.testing.assert_allclose(wiener(residual, noise), expected, atol=1e-5)
 
 
