@@ -516,11 +516,8 @@ class Result:
             known = (draws >= self.args.missing).astype(np.float32)
         if self.args.mask:
             mask = read_picture(self.args.mask, self.args.crop)
-            ours, theirs = self.picture.whole.split(), mask.whole.split()
-            if ours[0] != theirs[0] or len(mask.image) not in (
-                1,
-                len(self.picture.image),
-            ):
+            sizes = {picture.whole.split()[0] for picture in (self.picture, mask)}
+            if len(sizes) > 1 or len(mask.image) not in {1, len(self.picture.image)}:
                 raise InputError(
                     f"{self.args.mask}: {mask.whole}, but {self.path} is "
                     f"{self.picture.whole}"

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.nn import functional as F
 
 REACH = 18  # pixels from a patch within which similar ones are looked for
 TILE = 16  # pixels a side: the patches of a tile look at the same ones
@@ -78,7 +79,7 @@ def _tiles(size, patch, device):
     last, stride = size - patch, patch // 2 + 1
     count = TILE // stride
     begins = torch.arange(0, last + stride, stride, device=device)
-    begins = torch.nn.functional.pad(begins, (0, -len(begins) % count), value=last)
+    begins = F.pad(begins, (0, -len(begins) % count), value=last)
     begins = begins.clamp(max=last).view(-1, count)
     span = min((count - 1) * stride + 2 * REACH, last) + 1
     first = (begins[:, :1] - REACH).clamp(0, last + 1 - span)
