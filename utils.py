@@ -27,6 +27,7 @@ import cv2
 import numpy as np
 import scipy.io
 import skimage.data
+import tifffile
 import torch
 from matplotlib.figure import Figure
 from skimage.metrics import structural_similarity
@@ -272,6 +273,19 @@ def write_atomically(path, data):
         file.write(data)
 
 
+def join_pages(path, pages):
+    """Write image files' pixels as they are, as the pages of a TIFF file."""
+    large = decode(pages[0]).nbytes * len(pages) > 4e9  # more than plain TIFF can hold
+    with atomic_file(path) as file, tifffile.TiffWriter(file, bigtiff=large) as stack:
+        for page in pages:
+            pixels, kind, extra = decode(page), "minisblack", 0
+            if pixels.ndim == 3:  # blue, green, red, perhaps alpha
+                pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
+                kind, extra = "rgb", pixels.shape[2] - 3
+            extra = ["unspecified"] * extra
+            stack.write(pixels, photometric=kind, extrasamples=extra, contiguous=False)
+
+
 def save_mat(path, key, array):
     """Write a PSF (h, w) or an image (C, H, W) as a MATLAB file that repeats.
 
@@ -302,18 +316,42 @@ def is_utf8(path):
     return not any("\ud800" <= c <= "\udfff" for c in str(path))
 
 
+def stack_of(path):
+    """Return the TIFF file that a page's path, such as cells.tif/007, is in, else None."""
+    return path.parent if path.parent.is_file() else None
+
+
+def pages(path):
+    """List a TIFF file's pages where it has several; else the file itself."""
+    with silent_decoder():
+        tiff = path.suffix.lower() in (".tif", ".tiff") and is_utf8(path)
+        try:
+            n = cv2.imcount(str(path)) if tiff else 1
+        except cv2.error:  # damaged, which reading it says
+            n = 1
+    numbers = (f"{page:0{len(str(n))}d}" for page in range(1, n + 1))
+    return [path / number for number in numbers] if n > 1 else [path]
+
+
 def decode(path):
     """Read a PNG, JPEG or TIFF file's pixels as OpenCV has them: (H, W) or BGR(A)."""
+    path, count, pixels = Path(path), 1, None
     if not is_utf8(path):
         raise InputError(f"{path}: a file name that is not UTF-8; rename it")
-    data, pixels = np.fromfile(path, np.uint8), None
-    # A camera's JPEG may be stored turned; other formats keep alpha and palette.
-    turned = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
-    jpeg = data[:2].tobytes() == b"\xff\xd8"
+    stack = stack_of(path)
     with silent_decoder():
         try:
-            pages = cv2.imcount(str(path))
-            pixels = cv2.imdecode(data, turned if jpeg else cv2.IMREAD_UNCHANGED)
+            if stack:
+                page, flags = int(path.name) - 1, cv2.IMREAD_UNCHANGED
+                found = cv2.imreadmulti(str(stack), page, 1, flags=flags)[1]
+                pixels = found[0] if found else None
+            else:
+                data = np.fromfile(path, np.uint8)
+                # A camera's JPEG may be stored turned; other formats keep alpha and palette.
+                turned = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
+                jpeg = data[:2].tobytes() == b"\xff\xd8"
+                count = cv2.imcount(str(path))
+                pixels = cv2.imdecode(data, turned if jpeg else cv2.IMREAD_UNCHANGED)
         except cv2.error as error:  # of an empty file, too
             if "CV_IO_MAX_IMAGE" in str(error):
                 raise InputError(
@@ -321,8 +359,8 @@ def decode(path):
                 ) from None
     if pixels is None:
         raise InputError(f"{path} is damaged, or not a PNG, JPEG or TIFF image")
-    if pages > 1:
-        raise InputError(f"{path}: {pages} pages; save the one to restore by itself")
+    if count > 1:
+        raise InputError(f"{path}: {count} pages; save the one to use by itself")
     return pixels
 
 
@@ -330,7 +368,8 @@ def read_picture(path, crop=0):
     """Read an image file.
 
     Args:
-        path: a PNG, JPEG or TIFF file: gray or colour, 8 or 16 bits or float in [0, 1].
+        path: a PNG, JPEG or TIFF file, or a page of one: gray or colour, 8 or 16 bits
+            or float in [0, 1].
         crop: side of the centre crop, pixels; 0 = whole.
 
     Raises:
@@ -343,8 +382,8 @@ def read_picture(path, crop=0):
     if crop:
         top, left = max(0, height - crop) // 2, max(0, width - crop) // 2
         pixels = pixels[top : top + crop, left : left + crop]
-    jpeg = path.suffix.lower() in (".jpg", ".jpeg")
-    reason = unusable(pixels, jpeg)
+    suffix = (stack_of(path) or path).suffix.lower()
+    reason = unusable(pixels, suffix in (".jpg", ".jpeg"))
     if reason:
         raise InputError(f"{path}: {reason}")
     color, alpha = pixels[..., :3], pixels[..., 3] if pixels.shape[2] == 4 else None
@@ -353,7 +392,7 @@ def read_picture(path, crop=0):
     image = color[..., ::-1].transpose(2, 0, 1)
     image = np.divide(image, peak(pixels.dtype), dtype=np.float32, order="C")
     whole = describe(len(image), height, width)
-    return Picture(image, whole, alpha, pixels.dtype, path.suffix.lower())
+    return Picture(image, whole, alpha, pixels.dtype, suffix)
 
 
 def unusable(pixels, jpeg):
@@ -381,7 +420,13 @@ def describe(channels, height, width):
 
 
 def result_names(path):
-    """Return the names of an image's folder and of the image, in the results."""
+    """Return the names of an image's folder and of the image, in the results.
+
+    A page's folder is its stack's.
+    """
+    stack = stack_of(path)
+    if stack:
+        return "/".join(result_names(stack)), path.name
     if path.parent == Path(skimage.data.data_dir):
         return "skimage", path.stem
     return path.parent.resolve().name or "root", path.name
@@ -394,7 +439,7 @@ def contents_name(path):
 
 
 def find_images(path):
-    """List the image files that --path means.
+    """List the image files that --path means, and the pages of stacks.
 
     Raises:
         InputError, OSError: there are none.
@@ -407,14 +452,14 @@ def find_images(path):
             print(f"{file}: skipped, no PNG, JPEG or TIFF image")
         if not images:
             raise InputError(f"{path}: no PNG, JPEG or TIFF image in this folder")
-        return images
+        return list(itertools.chain.from_iterable(map(pages, images)))
     if given.exists():
         if given.suffix.lower() not in SUFFIXES:
             raise InputError(f"{path}: not a PNG, JPEG or TIFF file by its name")
-        return [given]
+        return pages(given)
     named = {f.stem: f for f in sorted(bundled.iterdir()) if f.suffix in SUFFIXES}
     if path in named:
-        return [named[path]]
+        return pages(named[path])
     raise InputError(
         f"{path}: no such file or folder, nor an image of scikit-image "
         f"({', '.join(named)})"
@@ -560,7 +605,7 @@ class Result:
         }
         self.made_from = self.settings | sums | {"device": self.args.device.type}
         if not (self.args.resume and self._load_checkpoint(learner)):
-            self._make_room()
+            make_room(self.folder, self.made_from)
         self._write_record()
         self.begun = self.changed = True
         self.picture.save(self.folder / "noisy.png", observation)
@@ -722,17 +767,6 @@ class Result:
             seconds = learner.forecast(*planned)
             tqdm.write(f"{self.name}: {steps} steps take about {duration(seconds)}")
 
-    def _make_room(self):
-        """Remove earlier results of the same, set others aside."""
-        with suppress(OSError, ValueError, AttributeError):  # none, or not ours
-            earlier = json.loads((self.folder / "record.json").read_text())
-            if earlier.get("made_from") == self.made_from:
-                tqdm.write(f"{self.folder}: replacing the earlier results")
-            else:
-                set_aside(self.folder)
-        for file in itertools.chain.from_iterable(map(self.folder.glob, OWN_FILES)):
-            file.unlink()
-
     def _write_record(self, finished=False):
         """Write what is known of this image as JSON."""
         record = {"name": self.name, "size": self.size, "finished": finished}
@@ -740,6 +774,18 @@ class Result:
         record |= {"observation": self.scores, "columns": COLUMNS, "rows": self.rows}
         data = json.dumps(record, indent=1).encode()
         write_atomically(self.folder / "record.json", data)
+
+
+def make_room(folder, made_from):
+    """Remove a folder's results of the same pixels and settings, set others aside."""
+    with suppress(OSError, ValueError, AttributeError):  # none, or not ours
+        earlier = json.loads((folder / "record.json").read_text())
+        if earlier.get("made_from") == made_from:
+            tqdm.write(f"{folder}: replacing the earlier results")
+        else:
+            set_aside(folder)
+    for file in itertools.chain.from_iterable(map(folder.glob, OWN_FILES)):
+        file.unlink()
 
 
 def set_aside(*paths):
@@ -829,13 +875,13 @@ class Run:
         """Raise InputError where a file would be written in another's place, or cannot."""
         args = self.args
         if len(self.files) > 1 and args.reference:
-            raise InputError("--reference goes with one image, not with a folder")
+            raise InputError("--reference goes with one image, not with several")
         for folder in (Path("images"), self.logs[0].parent):
             there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
             if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
                 raise InputError(f"{there}: make it a folder that can be written to")
-        inputs = [*self.files, args.reference, args.mask]
-        inputs += [getattr(args, "kernel", None)]
+        inputs = [stack_of(file) or file for file in self.files]
+        inputs += [args.reference, args.mask, getattr(args, "kernel", None)]
         inputs = {Path(file).resolve() for file in inputs if file}
         for path in self.logs:
             if path.is_dir() or path.resolve() in inputs:
@@ -875,9 +921,6 @@ class Run:
             with suppress(OSError):  # which may be what failed
                 result.finish(failed=told)
         finally:
-            if self.bar is not None:
-                self.bar.close()
-            self.bar = None
             with suppress(OSError):  # a full disk, which has been reported
                 if result.begun:
                     self._write_log(curves=True)
@@ -899,12 +942,14 @@ class Run:
         Args:
             step: training steps done; 0 where the network has just started over.
         """
-        result = self.results[-1]
+        result, steps = self.results[-1], self.args.iteration
+        done = self.paths.index(result.path) * steps + step  # of all images
         if self.bar is None:
-            steps = {"total": self.args.iteration, "initial": step - 1, "unit": "step"}
+            counts = {"total": len(self.paths) * steps, "initial": done - 1}
             # None: no bar where stderr is a file, which it would fill
-            self.bar = tqdm(desc=result.name, position=self.rank, disable=None, **steps)
-        self.bar.update(step - self.bar.n)
+            self.bar = tqdm(unit="step", position=self.rank, disable=None, **counts)
+        self.bar.set_description_str(result.name, refresh=False)
+        self.bar.update(done - self.bar.n)
         if result.changed:
             self._write_log()
         if self.stopped and result.saved_step == step:
@@ -919,6 +964,8 @@ class Run:
         processes the last one answers for all: torchrun would end the others at once
         when one has failed.
         """
+        if self.bar is not None:
+            self.bar.close()
         status = 2 - any(r.begun for r in self.results) if self.failed else 0
         if self.failed and len(self.files) > 1:
             names = ", ".join(map(str, self.failed))
@@ -929,23 +976,46 @@ class Run:
                 write_atomically(self.ends[self.rank], end)
                 last = all(end.exists() for end in self.ends)
                 status = int(last and any(end.read_bytes() for end in self.ends))
-            self._write_totals()
-        except OSError as error:
+            finished = {file: self._finished(file) for file in self.files}
+            self._write_totals(filter(None, finished.values()))
+            for stack in dict.fromkeys(filter(None, map(stack_of, self.files))):
+                found = {f: r for f, r in finished.items() if f.parent == stack}
+                if all(found.values()):
+                    self._write_stack(stack, found)
+        except (InputError, OSError) as error:
             fail(reason(error))
             return 1
         return status
 
-    def _write_totals(self):
+    def _finished(self, file):
+        """Return an image's record where it is finished, else None."""
+        with suppress(OSError, ValueError, KeyError):  # none, or not ours
+            record = json.loads((self.folder(file) / "record.json").read_text())
+            return record if record["finished"] else None
+
+    def _write_stack(self, stack, records):
+        """Join a stack's restored pages, all of which are finished.
+
+        Args:
+            stack: the TIFF file.
+            records: of its pages, path -> what _finished returned.
+        """
+        folder, key = self.folder(stack), [r["made_from"] for r in records.values()]
+        make_room(folder, key)
+        data = json.dumps({"made_from": key}).encode()
+        write_atomically(folder / "record.json", data)
+        path = folder / f"restored{stack.suffix.lower()}"
+        join_pages(path, [self.folder(page) / path.name for page in records])
+        print(path)
+
+    def _write_totals(self, records):
         """Write and print a line for every image that is finished, and the average."""
         table = []
-        for file in self.files:
-            with suppress(OSError, ValueError, KeyError):  # none, or not ours
-                record = json.loads((self.folder(file) / "record.json").read_text())
-                if record["finished"]:
-                    step, _, psnr, ssim, _, seconds = record["rows"][-1]
-                    before = (record["observation"] or [None])[0]
-                    scores = record["size"], before, psnr, ssim, step, round(seconds, 1)
-                    table.append((record["name"], *scores))
+        for record in records:
+            step, _, psnr, ssim, _, seconds = record["rows"][-1]
+            before = (record["observation"] or [None])[0]
+            scores = record["size"], before, psnr, ssim, step, round(seconds, 1)
+            table.append((record["name"], *scores))
         if not table:
             return
         scored = [row[2:5] for row in table if row[3] is not None]

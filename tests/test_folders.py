@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import tifffile
 from scripts import QUICK, ROOT, files, run, without_seconds, write
 
 import utils
@@ -85,3 +87,69 @@ def test_the_last_of_several_processes_answers_for_all(monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         assert run("denoise", "--path in") == status
     assert "a.png is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, kind",
+    [
+        ((40, 32), np.uint16, "minisblack"),
+        ((40, 32, 3), np.float32, "rgb"),
+        ((32, 33, 4), np.uint8, "rgb"),
+    ],
+)
+def test_stack_becomes_a_stack_of_its_restored_pages(shape, dtype, kind, capsys):
+    Path("in").mkdir()
+    peak = 1 if dtype == np.float32 else np.iinfo(dtype).max
+    clean = (np.random.default_rng(0).random((2, *shape)) * peak).astype(dtype)
+    with tifffile.TiffWriter("in/cells.TIF") as stack:
+        extra = ["unspecified"] * (shape[2:] == (4,))
+        for page in clean:
+            stack.write(page, photometric=kind, extrasamples=extra, contiguous=False)
+    assert run("denoise", "--path in --observed") == 0
+    assert capsys.readouterr().out.count("restored.tif") == 3
+    (made,) = Path("images/in/cells.TIF/denoise").iterdir()
+    joined = tifffile.TiffFile(made / "restored.tif")
+    assert len(joined.pages) == 2 and joined.pages[0].photometric.name.lower() == kind
+    for number, page in enumerate(joined.pages, 1):
+        pixels = page.asarray()
+        assert pixels.dtype == dtype
+        folder = made.parent.parent / f"{number}" / "denoise" / made.name
+        alone = cv2.imread(str(folder / "restored.tif"), cv2.IMREAD_UNCHANGED)
+        if alone.ndim == 3:
+            alone = np.dstack([alone[..., 2::-1], alone[..., 3:]])
+        np.testing.assert_array_equal(pixels, alone)
+        noisy = cv2.imread(str(folder / "noisy.png"), cv2.IMREAD_UNCHANGED)
+        noisy = noisy / np.iinfo(noisy.dtype).max
+        seen = clean[number - 1] / peak
+        seen = seen[..., [2, 1, 0, 3][: shape[2]]] if len(shape) == 3 else seen
+        np.testing.assert_allclose(noisy, seen, atol=1e-4)
+
+
+def test_stack_is_resumed_page_by_page(capsys):
+    Path("in").mkdir()
+    clean = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
+    tifffile.imwrite("in/a.tif", clean, photometric="minisblack")
+    assert run("denoise", "--path in/a.tif") == 0
+    expected = without_seconds(files("images"))
+    shutil.rmtree("images/in/a.tif/2")
+    (stack,) = Path("images/in/a.tif/denoise").iterdir()
+    (stack / "restored.tif").unlink()
+    assert run("denoise", "--path in/a.tif --resume") == 0
+    assert capsys.readouterr().out.count("finished already") == 2
+    assert without_seconds(files("images")) == expected
+    clean[1, 0, 0] += 1
+    tifffile.imwrite("in/a.tif", clean, photometric="minisblack")
+    assert run("denoise", "--path in/a.tif") == 0
+    kept = stack.with_name(f"{stack.name}~1") / "restored.tif"
+    assert kept.read_bytes() == expected[f"in/a.tif/denoise/{stack.name}/restored.tif"]
+    assert len(tifffile.TiffFile(stack / "restored.tif").pages) == 3
+
+
+def test_stack_with_a_bad_page_is_not_joined(capsys):
+    Path("in").mkdir()
+    with tifffile.TiffWriter("in/a.tif") as stack:
+        for side in (32, 8, 40):
+            stack.write(np.full((side, side), 9, np.uint8))
+    assert run("denoise", "--path in/a.tif") == 1
+    assert "1 of 3 images failed: in/a.tif/2" in capsys.readouterr().err
+    assert {f.name for f in Path("images/in/a.tif").iterdir()} == {"1", "3"}
