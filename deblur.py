@@ -1,6 +1,7 @@
 """Deblur images with Self2Self, each learnt from its own blurred pixels: y = k*x + n.
 
-The PSF k is known (non-blind); the convolution is circular.
+The PSF k is known (non-blind); the convolution is circular, or has seen what lies
+beyond the picture, as a camera's has.
 """
 
 import sys
@@ -28,6 +29,7 @@ DEFAULTS = {
     "kernel_size": 15,  # side of the Gaussian PSF, pixels
     "kernel_sigma": 1.0,  # its standard deviation, pixels
     "kernel": None,  # file of any other PSF (.mat, .npy or an image), or None
+    "boundary": None,  # wrap: circular; valid: a camera's; None: valid if observed
     # How it learns; None: as the recipe has it, in network/recipes.py
     "recipe": "fast",  # fast: 500 steps; paper: as published, 150,000
     "drop_rate": None,  # p of the Bernoulli mask and of the dropout, in [0, 1)
@@ -53,7 +55,8 @@ DEFAULTS = {
 def decide(args):
     """Return what the recipe decides; a camera's noise is not known, nor white."""
     fuse = bool(args.sigma) and not (args.observed or args.mask or args.missing)
-    return recipes.decided(args.recipe, args.device, fuse=fuse)
+    boundary = {"boundary": "valid" if args.observed else "wrap"}
+    return boundary | recipes.decided(args.recipe, args.device, fuse=fuse)
 
 
 def gaussian_psf(size, sigma):
@@ -131,12 +134,15 @@ class CircularBlur:
     Args:
         psf: k, (h, w).
 
-    `reach` is how many pixels around an entry it looks at.
+    `reach` is how many pixels around an entry it looks at. `margin`, pixels above,
+    below; left, right, is how many it looks beyond what it is known of: elsewhere it is
+    what scipy.signal.convolve2d computes with mode="valid".
     """
 
     def __init__(self, psf):
         self.psf = torch.from_numpy(psf)
         self.reach = max(psf.shape) // 2
+        self.margin = [((s - 1) // 2, s // 2) for s in psf.shape]
         self.transfers = {}  # of a device and an image's size: the PSF's transform
 
     def __call__(self, x):
@@ -160,6 +166,21 @@ class CircularBlur:
         return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=size)
 
 
+def off_centre(psf):
+    """Say in a sentence that a PSF (h, w) moves the picture; None for under a pixel."""
+    down, right = (
+        (psf.sum(1 - axis) * np.arange(size)).sum() - size // 2
+        for axis, size in enumerate(psf.shape)
+    )
+    if np.hypot(down, right) <= 1:
+        return None
+    return (
+        f"The PSF's mass lies {abs(right):.1f} pixels {'right' if right > 0 else 'left'} "
+        f"of its array's centre and {abs(down):.1f} {'below' if down > 0 else 'above'}: "
+        "the restored picture is moved as far the other way."
+    )
+
+
 def chosen_psf(args):
     """Return the PSF (h, w), and its name for the results folder."""
     if args.kernel:
@@ -178,9 +199,12 @@ def main(argv=None):
         return utils.fail(error)
     run = utils.Run(args, DEFAULTS | decide(args), psf_name)
     learner, blur = Self2Self(**recipes.learner_settings(args)), CircularBlur(psf)
+    valid, note = args.boundary == "valid", off_centre(psf)
+    if note:
+        print(note)
     for path in run.paths:
         with run.image(path) as result:  # an error is reported, the next image goes on
-            x, known = result.read()
+            x, known = result.read(blur.margin) if valid else result.read()
             noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
             blurred = blur(torch.from_numpy(x)[None])[0].numpy()
             y = known * (x if args.observed else blurred + noise)

@@ -119,6 +119,10 @@ OPTIONS = {
     "kernel_size": (side, "side of the Gaussian PSF, pixels"),
     "kernel_sigma": (number(float, 1e-3, "a number from 0.001"), "its width, pixels"),
     "kernel": (name, "file of any other PSF: .mat, .npy or an image"),
+    "boundary": (
+        ("wrap", "valid"),
+        "wrap: a circular blur; valid: a camera's; None: valid with --observed",
+    ),
     "recipe": (tuple(RECIPES), "fast: 500 steps; paper: as published, 150,000"),
     "drop_rate": (rate, "p of the Bernoulli mask and of the decoder's dropout"),
     "iteration": (count, "training steps"),
@@ -235,6 +239,11 @@ class Picture(NamedTuple):
         best = [cv2.IMWRITE_JPEG_QUALITY, 100] if suffix in (".jpg", ".jpeg") else []
         data = cv2.imencode(suffix, np.ascontiguousarray(pixels), best)[1]
         write_atomically(path, data.tobytes())
+
+    def inside(self, place):
+        """Return a part of it, by slices of (C, H, W)."""
+        alpha = None if self.alpha is None else self.alpha[place[1:]]
+        return self._replace(image=self.image[place].copy(), alpha=alpha)
 
 
 def peak(dtype):
@@ -529,17 +538,34 @@ class Result:
         self.changed = False  # since the log was written
         self.restored = self.deviation = None  # of the last test
 
-    def read(self):
+    def read(self, margin=((0, 0), (0, 0))):
         """Read the picture.
 
         Its pixels, or those of --reference, are what results are scored against; an
         --observed image without a reference is not scored.
 
+        Args:
+            margin: pixels above, below; left, right, of which nothing is observed but
+                through a blur. An --observed picture gets them in addition, another one
+                loses them: scores and files are of what they enclose.
+
         Returns:
-            The pixels, (C, H, W), [0, 1], and 1 where they are known, 0 where they are
-            missing: (C, H, W) or (1, H, W), float32.
+            The pixels with their margin, (C, H, W), [0, 1], and 1 where they are known,
+            0 where they are missing: (C, H, W) or (1, H, W), float32.
         """
-        self.picture = read_picture(self.path, self.args.crop)
+        picture = read_picture(self.path, self.args.crop)
+        image, known = picture.image, self._known(picture)
+        if self.args.observed:
+            image, known = (np.pad(x, [(0, 0), *margin]) for x in (image, known))
+        ends = zip(margin, image.shape[1:])
+        self.place = (slice(None), *(slice(a, n - b) for (a, b), n in ends))
+        self.picture = picture if self.args.observed else picture.inside(self.place)
+        height, width = self.picture.image.shape[1:]
+        if min(height, width) < SMALLEST_SIDE:
+            raise InputError(
+                f"{self.path}: the PSF leaves {width}x{height} pixels; a side needs "
+                f"{SMALLEST_SIDE} or more"
+            )
         self.size = describe(*self.picture.image.shape)
         self.clean = None if self.args.observed else self.picture.image
         if self.args.reference:
@@ -550,26 +576,28 @@ class Result:
                     f"{self.picture.whole}"
                 )
             self.clean = reference.image
-        self.known = self._known()
-        return self.picture.image, self.known
+        inner = np.zeros((1, *image.shape[1:]), np.float32)
+        inner[self.place] = 1
+        self.known = known * inner
+        if not self.known.any():
+            raise InputError(f"{self.path}: every pixel is missing")
+        return image, self.known
 
-    def _known(self):
-        """Return what --mask or --missing say is known: see `read`."""
-        known = np.ones((1, *self.picture.image.shape[1:]), np.float32)
+    def _known(self, picture):
+        """Return what --mask or --missing say is known of a picture: see `read`."""
+        known = np.ones((1, *picture.image.shape[1:]), np.float32)
         if self.args.missing:  # other draws than the noise's
             draws = np.random.default_rng((self.args.seed, 1)).random(known.shape)
             known = (draws >= self.args.missing).astype(np.float32)
         if self.args.mask:
             mask = read_picture(self.args.mask, self.args.crop)
-            sizes = {picture.whole.split()[0] for picture in (self.picture, mask)}
-            if len(sizes) > 1 or len(mask.image) not in {1, len(self.picture.image)}:
+            sizes = {x.whole.split()[0] for x in (picture, mask)}
+            if len(sizes) > 1 or len(mask.image) not in {1, len(picture.image)}:
                 raise InputError(
                     f"{self.args.mask}: {mask.whole}, but {self.path} is "
-                    f"{self.picture.whole}"
+                    f"{picture.whole}"
                 )
             known = (mask.image != 0).astype(np.float32)
-        if not known.any():
-            raise InputError(f"{self.path}: every pixel is missing")
         return known
 
     def begin(self, learner, observation, kernel=None, **simulated):
@@ -580,13 +608,13 @@ class Result:
 
         Args:
             learner: the network.Self2Self that has begun on the observation.
-            observation: y, (C, H, W), [0, 1] scale, not clipped.
+            observation: y, (C, H, W), [0, 1] scale, not clipped, with its margin.
             kernel: the PSF (h, w), or None.
-            simulated: noise and blurred, (C, H, W), that an --observed image has not.
+            simulated: noise and blurred, of y's shape, that an --observed image has not.
 
         Then `sigma` is the noise's, for fusing: simulated, given or estimated.
         """
-        self.observation = observation
+        self.observation = observation = observation[self.place].copy()
         # Without noise and blur what is known is the result.
         self.exact = not (self.args.sigma or kernel is not None or self.known.all())
         self.sigma = self._noise_level()
@@ -612,9 +640,10 @@ class Result:
         if kernel is not None:
             save_mat(self.folder / "kernel.mat", "kernel", kernel)
         if not self.args.observed:
-            save_mat(self.folder / "noise.mat", "noise", simulated["noise"])
+            save_mat(self.folder / "noise.mat", "noise", simulated["noise"][self.place])
         if not self.args.observed and "blurred" in simulated:
-            self.picture.save(self.folder / "blurred.png", simulated["blurred"])
+            blurred = simulated["blurred"][self.place]
+            self.picture.save(self.folder / "blurred.png", blurred)
         self._announce(learner)
         self.saved_at = time.perf_counter()
         self.started = self.saved_at - self.seconds
@@ -644,15 +673,18 @@ class Result:
 
         Args:
             learner: the network.Self2Self, which has just predicted.
-            ensemble: the ensemble's mean, (C, H, W).
+            ensemble: the ensemble's mean, (C, H, W), with its margin.
             fused: that, fused with the observation, which then is the result.
             error: the fused one's predicted squared error, (C, H, W).
         """
         step, loss = learner.step, learner.mean_loss()
+        ensemble, fused, error = (
+            x if x is None else x[self.place] for x in (ensemble, fused, error)
+        )
         if self.exact:
             ensemble = np.where(self.known, self.observation, ensemble)
         self.restored = ensemble if fused is None else fused
-        self.deviation = 255 * np.sqrt(learner.variance.mean(0))
+        self.deviation = 255 * np.sqrt(learner.variance[self.place].mean(0))
         psnr = ssim = plain = None
         if self.clean is not None:
             psnr, ssim = score(self.restored, self.clean)

@@ -43,7 +43,7 @@ def opponent(like):
     return (matrix / matrix.norm(dim=1, keepdim=True)).to(like)
 
 
-def fuse(ensemble, variance, observation, sigma, forward_operator):
+def fuse(ensemble, variance, observation, known, sigma, forward_operator):
     """Give the ensemble's mean back what its residual holds besides noise.
 
     All is done by plane: see `opponent`. The residual r = y - A(f) is noise, and the
@@ -67,6 +67,8 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
         variance: of the predictions, by plane, of the same shape.
         observation: y, likewise.
+        known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W). Of an
+            unknown one the prediction is believed.
         sigma: s, standard deviation of y's white noise on the 0-255 scale.
         forward_operator: A, linear, for every channel by itself and the same at every
             place of the image, which it takes as periodic; from and to (1, C, H, W).
@@ -76,18 +78,19 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
         both (C, H, W), float32, on the CPU.
     """
     y = torch.as_tensor(observation, dtype=torch.float32)
-    f, variance = (torch.as_tensor(x).to(y) for x in (ensemble, variance))
+    f, variance, known = (torch.as_tensor(x).to(y) for x in (ensemble, variance, known))
     size = y.shape[1:]
     planes = opponent(y)
     y, f = (torch.tensordot(planes, x, 1) for x in (y, f))
     error = SPREAD * variance
     mean = error.mean((1, 2), keepdim=True).clamp(min=1e-12)
-    residual = y - forward_operator(f[None])[0]
+    residual = known * (y - forward_operator(f[None])[0])
     impulse = y.new_zeros(1, 1, *size)
     impulse[..., 0, 0] = 1
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
-    noise = quiet(residual) - (mean.mean() * power.mean()).item()
+    noise = quiet(residual) / known.mean().item()
+    noise -= (mean.mean() * power.mean()).item()
     noise = max((sigma / 255) ** 2, noise)
     passed = bounded(power, noise / mean)
     ratio = noise * (1 / passed).mean((1, 2), keepdim=True) / mean
@@ -102,7 +105,8 @@ def fuse(ensemble, variance, observation, sigma, forward_operator):
         # Of what a blur has weakened, more is believed the better the estimate is.
         for expected in (mean, mean * left)[: 1 + int((passed > power).any())]:
             inverse = transfer.conj() / bounded(power, noise / expected)
-            restored = best + convolve(y - forward_operator(best[None])[0], inverse)
+            residual = known * (y - forward_operator(best[None])[0])
+            restored = best + convolve(residual, inverse)
             # Coloured noise does not average out as white noise does.
             level = noise * (inverse.abs() ** 4).mean().sqrt().item()
             pilot, risk = filter_groups(pilot, restored, level)

@@ -409,8 +409,8 @@ class Self2Self:
         Returns:
             The fused restoration and its predicted squared error, both (C, H, W).
         """
-        known = self.variance, self.y[0], sigma, self.forward_operator
-        return fusion.fuse(ensemble, *known)
+        observed = self.y[0], self.known[0], sigma
+        return fusion.fuse(ensemble, self.variance, *observed, self.forward_operator)
 
     def mean_loss(self):
         """Mean loss of the steps since this was last asked for. Reads the device."""

@@ -77,7 +77,7 @@ def observed(error, noise, shape=(1, 128, 128)):
 def fused(f, y, sigma, error, operator=identity):
     """Fuse, told that f's squared error is error**2."""
     variance = np.full_like(y, error**2 / fusion.SPREAD)
-    return fusion.fuse(f, variance, y, sigma, operator)
+    return fusion.fuse(f, variance, y, np.ones(1), sigma, operator)
 
 
 @pytest.mark.parametrize("error", [0.02, 0.05, 0.1])
@@ -160,6 +160,6 @@ def test_learner_fuses_its_own_observation_and_variance():
     y = random_image(1, 32, 33)
     learner = train(begun(y, roll), 2)
     ensemble = learner.predict(4)
-    expected = fusion.fuse(ensemble, learner.variance, y, 20, roll)
+    expected = fusion.fuse(ensemble, learner.variance, y, torch.ones(1), 20, roll)
     for made, other in zip(learner.fuse(ensemble, 20), expected, strict=True):
         np.testing.assert_array_equal(made, other)

@@ -116,7 +116,7 @@ def saved(task):
     y = operator(torch.from_numpy(clean)[None])[0].numpy()
     y = y + gaussian_noise(clean.shape, sigma, 0)
     variance = deviation.astype(np.float32) ** 2
-    return clean, (f.astype(np.float32), variance, y, sigma, operator)
+    return clean, (f.astype(np.float32), variance, y, np.ones(1), sigma, operator)
 
 
 def decibels(image, clean):
@@ -141,7 +141,7 @@ def test_an_ensemble_that_errs_less_than_the_pass_is_kept(error):
     draws = np.random.default_rng(0).standard_normal((2, *clean.shape), np.float32)
     f, y = clean + error * draws[0], clean + 0.2 * draws[1]
     variance = np.full_like(y, error**2 / fusion.SPREAD)
-    result, _ = fusion.fuse(f, variance, y, 51, identity)
+    result, _ = fusion.fuse(f, variance, y, np.ones(1), 51, identity)
     assert decibels(result, clean) > decibels(f, clean) - 0.6
 
 

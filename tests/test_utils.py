@@ -159,9 +159,10 @@ def test_flips_commute_with_a_symmetric_psf_alone():
         assert same is commutes
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("suffix", ["mat", "npy", "png", "tif"])
-def test_psf_files(tmp_path, suffix):
-    psf = RNG.integers(1, 255, (5, 8)).astype(np.uint8)
+def test_psf_files(tmp_path, suffix, dtype):
+    psf = RNG.integers(1, np.iinfo(dtype).max, (5, 8)).astype(dtype)
     path = tmp_path / f"psf.{suffix}"
     if suffix == "mat":
         scipy.io.savemat(path, {"kernel": psf, "other": np.eye(2)})

@@ -1,0 +1,146 @@
+"""Blurs that have seen what lies beyond the picture, as a camera's have."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from scipy.signal import convolve2d
+from scripts import run, write
+from tensors import random_image
+
+import network
+from deblur import CircularBlur
+from network import fusion
+
+SHAPES = [(3, 3), (4, 7), (1, 6), (8, 2)]
+
+
+def random_psf(shape):
+    psf = np.random.default_rng(0).random(shape)
+    return psf / psf.sum()
+
+
+def read(path):
+    return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+
+
+def results():
+    """The only folder of results."""
+    (found,) = Path("images/in/a.png/deblur").iterdir()
+    return found
+
+
+def place(blur, size):
+    """Where y lies on its canvas."""
+    return tuple(slice(a, n - b) for (a, b), n in zip(blur.margin, size))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_blur_within_its_margin_is_scipys_valid_one(shape):
+    psf = random_psf(shape)
+    blur, x = CircularBlur(psf), random_image(1, 1, 40, 37)
+    expected = convolve2d(x[0, 0].numpy(), psf, mode="valid")
+    made = blur(x)[0, 0][place(blur, x.shape[2:])]
+    np.testing.assert_allclose(made, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_simulated_border_is_valid_and_results_lie_in_ys_place(shape, monkeypatch):
+    """A learner that predicts the truth gets a score without error."""
+    write("in/a.png", 3, side=48)
+    clean, psf = read("in/a.png"), random_psf(shape)
+    np.save("psf.npy", psf)
+    x = np.float32(clean[..., ::-1].transpose(2, 0, 1) / 255)
+    monkeypatch.setattr(network.Self2Self, "predict", lambda learner, n: x)
+    learners, begin = [], network.Self2Self.begin
+
+    def watched(learner, *args, **kwargs):
+        learners.append(learner)
+        learner.variance = x
+        begin(learner, *args, **kwargs)
+
+    monkeypatch.setattr(network.Self2Self, "begin", watched)
+    flags = "--path in/a.png --kernel psf.npy --boundary valid --sigma 0"
+    assert run("deblur", flags) == 0
+    assert "_boundary-valid_" in results().name + "_"
+    inner = place(CircularBlur(psf), (48, 48))
+    np.testing.assert_array_equal(read(results() / "restored.png"), clean[inner])
+    expected = [convolve2d(c, psf, mode="valid") for c in clean.transpose(2, 0, 1)]
+    for name in ("blurred.png", "noisy.png"):
+        made = read(results() / name).astype(float)
+        assert np.abs(made - np.dstack(expected)).max() < 0.51
+    (learner,) = learners
+    known = learner.known[0, 0].numpy()
+    assert known[inner].all() and known.sum() == known[inner].size
+    assert "PSNR inf" in Path("logs/deblur/log.txt").read_text()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_observed_picture_gets_a_margin_that_is_cut_again(shape, monkeypatch):
+    write("in/a.png", side=40)
+    psf = random_psf(shape)
+    np.save("psf.npy", psf)
+    size = tuple(40 + s - 1 for s in shape)
+    canvas = random_image(1, *size).numpy()
+    monkeypatch.setattr(network.Self2Self, "predict", lambda learner, n: canvas)
+    monkeypatch.setattr(network.Self2Self, "variance", canvas, raising=False)
+    assert run("deblur", "--path in/a.png --observed --kernel psf.npy") == 0
+    assert "boundary" not in results().name
+    inner = place(CircularBlur(psf), size)
+    expected = np.rint(255 * canvas[0][inner])
+    np.testing.assert_array_equal(read(results() / "restored.png"), expected)
+    np.testing.assert_array_equal(read(results() / "noisy.png"), read("in/a.png"))
+
+
+@pytest.mark.parametrize(
+    "place, told",
+    [
+        ((4, 5), None),
+        ((3, 5), None),
+        ((6, 5), "0.0 pixels left of its array's centre and 2.0 below"),
+        ((1, 8), "3.0 pixels right of its array's centre and 3.0 above"),
+    ],
+)
+def test_a_psf_that_moves_the_picture_is_named(place, told, capsys):
+    """The blur moves a point as far as is told; restoring moves it back."""
+    psf = np.zeros((9, 10))
+    psf[place] = 2
+    point = torch.zeros(1, 1, 33, 40)
+    point[..., 10, 20] = 1
+    moved = CircularBlur(psf / 2)(point)[0, 0] > 0.5
+    assert moved.nonzero().tolist() == [[10 + place[0] - 4, 20 + place[1] - 5]]
+    write("in/a.png", side=40)
+    np.save("psf.npy", psf)
+    assert run("deblur", "--path in --kernel psf.npy --iteration 1") == 0
+    out = capsys.readouterr().out
+    assert (told in out) if told else ("centre" not in out)
+
+
+def test_what_is_not_known_of_y_changes_nothing_in_fusing():
+    blur, x = CircularBlur(random_psf((4, 5))), random_image(1, 48, 50).numpy()
+    draws = np.random.default_rng(0).standard_normal((2, *x.shape), np.float32)
+    f, variance = x + 0.05 * draws[0], np.full_like(x, 0.05**2 / fusion.SPREAD)
+    y = blur(torch.from_numpy(x)[None])[0].numpy() + 0.02 * draws[1]
+    known, inner = np.zeros((1, 48, 50), np.float32), place(blur, (48, 50))
+    known[0][inner] = 1
+    made = [
+        fusion.fuse(f, variance, np.where(known, y, other), known, 5.1, blur)[0]
+        for other in (0, 9)
+    ]
+    np.testing.assert_array_equal(*made)
+    errors = [((a - x)[0][inner] ** 2).mean() for a in (f, made[0])]
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_resumed_run_keeps_its_margin():
+    write("in/a.png", side=40)
+    flags = "--path in/a.png --observed --kernel_size 6 --recipe paper"
+    assert run("deblur", flags) == 0
+    whole = {f.name: f.read_bytes() for f in results().glob("*.png")}
+    results().rename("before")
+    assert run("deblur", f"{flags} --iteration 2") == 0
+    assert run("deblur", f"{flags} --resume") == 0
+    for name in ("restored.png", "noisy.png", "uncertainty.png"):
+        assert (results() / name).read_bytes() == whole[name]
