@@ -40,6 +40,7 @@ DEFAULTS = {
     "precision": None,  # float32, or bfloat16 on a CPU: faster if it has instructions
     "fuse": None,  # on: give the ensemble back what its residual holds besides noise
     "bs": 1,  # Bernoulli samples of the observation per step
+    "real_noise": None,  # True: steps see the image drawn anew, as photons
     "seed": 0,  # of noise, weights, masks and dropout
     "device": "auto",  # auto, cpu, cuda, cuda:N or mps
     # What it predicts and writes
@@ -55,8 +56,8 @@ DEFAULTS = {
 def decide(args):
     """Return what the recipe decides; a camera's noise is not known, nor white."""
     fuse = bool(args.sigma) and not (args.observed or args.mask or args.missing)
-    boundary = {"boundary": "valid" if args.observed else "wrap"}
-    return boundary | recipes.decided(args.recipe, args.device, fuse=fuse)
+    others = {"boundary": "valid" if args.observed else "wrap", "real_noise": False}
+    return others | recipes.decided(args.recipe, args.device, fuse=fuse)
 
 
 def gaussian_psf(size, sigma):

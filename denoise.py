@@ -24,6 +24,7 @@ DEFAULTS = {
     "precision": None,  # float32, or bfloat16 on a CPU: faster if it has instructions
     "fuse": None,  # on: give the ensemble back what its residual holds besides noise
     "bs": 1,  # Bernoulli samples of the observation per step
+    "real_noise": None,  # True: steps see the image drawn anew, as photons
     "seed": 0,  # of noise, weights, masks and dropout
     "device": "auto",  # auto, cpu, cuda, cuda:N or mps
     # What it predicts and writes
@@ -40,7 +41,9 @@ def decide(args):
     """Return what the recipe decides for this noise; a camera's is not known, nor white."""
     sigma = None if args.observed else args.sigma
     fuse = bool(sigma) and not (args.mask or args.missing)
-    return recipes.decided(args.recipe, args.device, sigma, fuse)
+    real = args.observed and bool(args.sigma) and args.recipe == "fast"
+    noise = {"real_noise": real}
+    return noise | recipes.decided(args.recipe, args.device, sigma, fuse)
 
 
 def identity(x):

@@ -129,6 +129,7 @@ OPTIONS = {
     "lr": (positive, "learning rate"),
     "optimizer": (("adam", "adamw", "muon"), "optimiser"),
     "bs": (count, "Bernoulli samples of the observation per step"),
+    "real_noise": (bool, "steps see the image drawn anew, as photons"),
     "seed": (seed, "of noise, weights, masks and dropout"),
     "device": (choose_device, "auto, cpu, cuda, cuda:N or mps"),
     "resume": (bool, "go on from the checkpoint of an interrupted run"),
@@ -169,6 +170,7 @@ def parse_arguments(description, defaults, decide, argv=None):
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
+        if kind is bool and default is not None:
             words += [f"--{key}" if default else f"--no-{key}"]
         elif default is not None:
             words += [f"--{key}={default}"]
@@ -243,7 +245,7 @@ class Picture(NamedTuple):
     def inside(self, place):
         """Return a part of it, by slices of (C, H, W)."""
         alpha = None if self.alpha is None else self.alpha[place[1:]]
-        return self._replace(image=self.image[place].copy(), alpha=alpha)
+        return self._replace(image=np.ascontiguousarray(self.image[place]), alpha=alpha)
 
 
 def peak(dtype):
@@ -614,7 +616,7 @@ class Result:
 
         Then `sigma` is the noise's, for fusing: simulated, given or estimated.
         """
-        self.observation = observation = observation[self.place].copy()
+        self.observation = observation = np.ascontiguousarray(observation[self.place])
         # Without noise and blur what is known is the result.
         self.exact = not (self.args.sigma or kernel is not None or self.known.all())
         self.sigma = self._noise_level()

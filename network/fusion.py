@@ -82,8 +82,8 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
     size = y.shape[1:]
     planes = opponent(y)
     y, f = (torch.tensordot(planes, x, 1) for x in (y, f))
-    error = SPREAD * variance
-    mean = error.mean((1, 2), keepdim=True).clamp(min=1e-12)
+    # No array is kept that is not needed again: of large pictures memory is short.
+    mean = SPREAD * variance.mean((1, 2), keepdim=True).clamp(min=1e-12)
     residual = known * (y - forward_operator(f[None])[0])
     impulse = y.new_zeros(1, 1, *size)
     impulse[..., 0, 0] = 1
@@ -96,7 +96,9 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
     ratio = noise * (1 / passed).mean((1, 2), keepdim=True) / mean
     # Twice the noise's energy is not chance, whatever the predictions agree upon.
     margin = 1 + (CAUTION * ratio**2).clamp(max=1)
-    pilot = f + convolve(wiener(residual, margin * noise), transfer.conj() / passed)
+    residual = wiener(residual, margin * noise)
+    pilot = f + convolve(residual, transfer.conj() / passed)
+    del residual
     left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
     left = left.mean((1, 2), keepdim=True)
     if noise > (LEAST_SIGMA / 255) ** 2:
@@ -105,18 +107,19 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
         # Of what a blur has weakened, more is believed the better the estimate is.
         for expected in (mean, mean * left)[: 1 + int((passed > power).any())]:
             inverse = transfer.conj() / bounded(power, noise / expected)
-            residual = known * (y - forward_operator(best[None])[0])
-            restored = best + convolve(residual, inverse)
+            restored = convolve(known * (y - forward_operator(best[None])[0]), inverse)
+            restored += best
             # Coloured noise does not average out as white noise does.
             level = noise * (inverse.abs() ** 4).mean().sqrt().item()
             pilot, risk = filter_groups(pilot, restored, level)
             around = {"stride": 1, "padding": AROUND // 2, "count_include_pad": False}
             missed = F.avg_pool2d((restored - f) ** 2, AROUND, **around) - level
-            ratio = risk / torch.maximum(error, missed).clamp(min=1e-12)
+            ratio = risk / torch.maximum(SPREAD * variance, missed).clamp(min=1e-12)
+            del restored, missed, risk
             pilot = best = pilot.lerp(f, ratio**2 / (1 + ratio**2))
     fused = torch.tensordot(planes.T, pilot, 1)
     # of planes that err independently
-    error = torch.tensordot(planes.T**2, error * left, 1)
+    error = torch.tensordot(planes.T**2, SPREAD * variance * left, 1)
     return fused.cpu().numpy(), error.cpu().numpy()
 
 

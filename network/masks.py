@@ -71,6 +71,14 @@ class BernoulliMasks:
         n, c, h, w = shape
         return kept.view(n, h, w, c).permute(0, 3, 1, 2)
 
+    def counts(self, mean):
+        """Draw Poisson numbers, float32, of the given means: below 0 as of 0."""
+        mean = mean.clamp(min=0)
+        if self.device.type == "cuda":
+            return torch.poisson(mean, generator=self.generator)
+        drawn = np.random.Generator(self.bits).poisson(mean.cpu().numpy())
+        return torch.from_numpy(drawn).to(self.device, torch.float32)
+
 
 def flip(x, flips):
     """Mirror samples of x (N, C, H, W) left-right and up-down; its own inverse.

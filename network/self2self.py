@@ -76,6 +76,9 @@ class Self2Self:
             t of T with weight (t / T)**averaging_power; None: they do not.
         bs: Bernoulli samples of the observation per step.
         seed: of the weights, the masks and the dropout.
+        photons: n, by which steps see the observation as drawn anew, Poisson(n y) / n,
+            against noise that neighbours share (TensorFlow's mode for real noise, where
+            n is 25); None: as it is.
         precision: of feature maps and convolutions, "float32" or "bfloat16"; weights,
             loss, optimisers and ensemble are float32.
         window: side of the windows that steps are trained on, in pixels; a side of the
@@ -97,6 +100,7 @@ class Self2Self:
         averaging_power,
         bs,
         seed,
+        photons,
         precision,
         window,
         device,
@@ -106,7 +110,8 @@ class Self2Self:
         self.initial_lr, self.schedule, self.iteration = lr, schedule, iteration
         self.ratio, self.initial_start = ratio, start
         self.averaging_power, self.window_side = averaging_power, window
-        self.device, self.dtype = torch.device(device), getattr(torch, precision)
+        self.photons, self.device = photons, torch.device(device)
+        self.dtype = getattr(torch, precision)
         self.y = None
         tune_cpu()
 
@@ -461,7 +466,10 @@ class Self2Self:
     def _train(self):
         rows, columns = self.rows[:, None], self.columns
         y, known = (x[:, :, rows, columns] for x in (self.y, self.known))
-        prediction, mask = self._sample(self.masks, y, known, self.bs)
+        seen = y.expand(self.bs, -1, -1, -1)
+        if self.photons:
+            seen = self.masks.counts(self.photons * seen) / self.photons
+        prediction, mask = self._sample(self.masks, seen, known, self.bs)
         judged = (known - mask if self.drop_rate else known) * self.inner
         judged = judged.expand_as(prediction)
         loss = dropped_loss(self.forward_operator(prediction), y, judged)

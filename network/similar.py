@@ -42,9 +42,9 @@ def filter_groups(pilot, observation, noise):
     """
     level = 255 * math.sqrt(noise)
     patch, size, gain, times = GROUPS[max(k for k in GROUPS if k <= level)]
-    for _ in range(times):
-        pilot, risk = _filter_once(pilot, observation, noise, patch, size, gain)
-    return pilot, risk
+    for _ in range(times - 1):
+        pilot = _filter_once(pilot, observation, noise, patch, size, gain)[0]
+    return _filter_once(pilot, observation, noise, patch, size, gain)
 
 
 def _filter_once(pilot, observation, noise, patch, size, gain):
@@ -54,7 +54,7 @@ def _filter_once(pilot, observation, noise, patch, size, gain):
     within = torch.arange(patch, device=device)
     within = (within[:, None] * width + within).flatten()
     guide, planes = pilot[0].flatten() - 0.5, list(zip(pilot, observation))
-    sums = torch.zeros(3, len(pilot), height * width, device=device)
+    sums = [torch.zeros(len(pilot), height * width, device=device) for _ in range(3)]
     tiles = torch.arange(len(rows[0]) * len(columns[0]), device=device)
     for some in tiles.split(TILES):
         down, across = some // len(columns[0]), some % len(columns[0])
@@ -64,14 +64,15 @@ def _filter_once(pilot, observation, noise, patch, size, gain):
         )
         corners = _most_similar(guide, references, candidates, within, size)
         pixels = corners[..., None] + within  # (groups, k, n)
-        for (x, y), plane in zip(planes, sums.transpose(0, 1)):
+        for (x, y), *plane in zip(planes, *sums):
             x, y = x.flatten()[pixels], y.flatten()[pixels]
             estimate, kept, lost = _ridge(x, y, noise / gain)
             weight, risk = 1 / kept, noise * kept / 2 + lost
             for total, value in zip(plane, (estimate, risk[..., None], x.new_ones(()))):
                 value = (value * weight[..., None]).expand_as(x)
                 total.index_add_(0, pixels.flatten(), value.flatten())
-    return ((total / sums[2]).view_as(pilot) for total in sums[:2])
+    *totals, weights = sums
+    return [total.div_(weights).view_as(pilot) for total in totals]
 
 
 def _tiles(size, patch, device):

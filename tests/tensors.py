@@ -51,7 +51,7 @@ def begun(y, operator=identity, **settings):
     """A learner that has begun on y."""
     defaults = RECIPES["paper"] | {"lr": 1e-3, "bs": 1, "seed": 0, "device": "cpu"}
     del defaults["fuse"]
-    learner = Self2Self(**defaults | settings)
+    learner = Self2Self(**defaults | {"photons": None} | settings)
     learner.begin(y, operator)
     return learner
 

@@ -1,0 +1,91 @@
+"""The observation drawn anew, as photons, for steps but not for predictions."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from tensors import begun, on_devices, random_image, train
+from test_options import parse
+
+from network import recipes, self2self
+from network.masks import BernoulliMasks
+
+
+@on_devices
+def test_counts_are_poisson_numbers_of_their_seed(device):
+    def draw(seed, mean):
+        return BernoulliMasks(torch.device(device), seed).counts(mean)
+
+    mean = torch.tensor([0.3, 7.0, 60.0], device=device).expand(20_000, 3)
+    drawn = draw(1, mean)
+    assert drawn.dtype == torch.float32
+    for column, rate in zip(drawn.T.cpu().numpy(), (0.3, 7, 60)):
+        values, seen = np.unique(column, return_counts=True)
+        expected = 20_000 * stats.poisson(rate).pmf(values)
+        common = expected > 5
+        assert (
+            stats.chi2(common.sum()).cdf(
+                ((seen - expected)[common] ** 2 / expected[common]).sum()
+            )
+            < 0.9999
+        )
+    assert torch.equal(drawn, draw(1, mean)) and not torch.equal(drawn, draw(2, mean))
+    assert (draw(1, -mean) == 0).all()
+
+
+def test_steps_see_counts_and_are_judged_by_the_observation(monkeypatch):
+    y, seen, judged = random_image(3, 32, 33), [], []
+    sample, loss = self2self.Self2Self._sample, self2self.dropped_loss
+
+    def look(learner, masks, image, known, n):
+        seen.append(image)
+        return sample(learner, masks, image, known, n)
+
+    def listen(degraded, observation, weights):
+        judged.append(observation)
+        return loss(degraded, observation, weights)
+
+    monkeypatch.setattr(self2self.Self2Self, "_sample", look)
+    monkeypatch.setattr(self2self, "dropped_loss", listen)
+    learner = train(begun(y, photons=25, bs=2), 2)
+    learner.predict(1)
+    for image in seen[:2]:
+        counts = 25 * image.double()
+        torch.testing.assert_close(counts, counts.round(), atol=1e-4, rtol=0)
+        assert len(image) == 2 and not torch.equal(image[0], image[1])
+        assert ((image - y).mean()).abs() < 0.02
+        spread = ((image - y) ** 2).mean() / (y / 25).mean()
+        assert spread == pytest.approx(1, abs=0.1)
+    assert torch.equal(seen[2][0], y)
+    assert all(torch.equal(observation[0], y) for observation in judged)
+
+
+def test_resumed_learner_draws_the_counts_that_it_would_have_drawn():
+    y = random_image(1, 32, 33)
+    learner, resumed = train(begun(y, photons=100), 2), begun(y, photons=100)
+    resumed.load_state_dict(copy.deepcopy(learner.state_dict()))
+    for other in (learner, resumed):
+        train(other, 2)
+    np.testing.assert_array_equal(learner.predict(2), resumed.predict(2))
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "photons"),
+    [
+        ("denoise", "", None),
+        ("denoise", "--observed", 100),
+        ("denoise", "--observed --sigma 0", None),
+        ("denoise", "--observed --no-real_noise", None),
+        ("denoise", "--observed --recipe paper", None),
+        ("denoise", "--observed --recipe paper --real_noise", 25),
+        ("denoise", "--real_noise", 100),
+        ("deblur", "--observed", None),
+        ("deblur", "--observed --real_noise", 100),
+    ],
+)
+def test_a_cameras_picture_is_drawn_anew_by_default(task, flags, photons):
+    settings = parse(flags, task)
+    args = type("Args", (), settings | {"device": torch.device("cpu")})
+    assert recipes.learner_settings(args)["photons"] == photons
