@@ -44,6 +44,7 @@ DEFAULTS = {
     "seed": 0,  # of noise, weights, masks and dropout
     "device": "auto",  # auto, cpu, cuda, cuda:N or mps
     # What it predicts and writes
+    "init": None,  # checkpoint whose weights to begin with, previous (image's), or None
     "resume": False,  # True: go on from the checkpoint of an interrupted run
     "test_frequency": 1000,  # steps between ensemble predictions
     "num_prediction": 100,  # predictions averaged
@@ -209,7 +210,8 @@ def main(argv=None):
             noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
             blurred = blur(torch.from_numpy(x)[None])[0].numpy()
             y = known * (x if args.observed else blurred + noise)
-            learner.begin(y, blur, known, on_restart=result.start_over)
+            weights = run.initial_weights(len(x))
+            learner.begin(y, blur, known, weights, on_restart=result.start_over)
             # with --resume: at its checkpoint
             result.begin(learner, y, noise=noise, blurred=blurred, kernel=psf)
             while learner.step < args.iteration:
@@ -223,6 +225,7 @@ def main(argv=None):
                     result.save_checkpoint(learner)
                 run.advance(learner.step)
             result.finish()
+            run.keep_weights(learner)
     return run.finish()
 
 

@@ -28,6 +28,7 @@ DEFAULTS = {
     "seed": 0,  # of noise, weights, masks and dropout
     "device": "auto",  # auto, cpu, cuda, cuda:N or mps
     # What it predicts and writes
+    "init": None,  # checkpoint whose weights to begin with, previous (image's), or None
     "resume": False,  # True: go on from the checkpoint of an interrupted run
     "test_frequency": 1000,  # steps between ensemble predictions
     "num_prediction": 100,  # predictions averaged
@@ -61,7 +62,8 @@ def main(argv=None):
             x, known = result.read()
             noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
             y = known * (x if args.observed else x + noise)
-            learner.begin(y, identity, known, on_restart=result.start_over)
+            weights = run.initial_weights(len(x))
+            learner.begin(y, identity, known, weights, on_restart=result.start_over)
             result.begin(learner, y, noise=noise)  # with --resume: at its checkpoint
             while learner.step < args.iteration:
                 learner.train_step()  # a network that dies starts over, at step 0
@@ -74,6 +76,7 @@ def main(argv=None):
                     result.save_checkpoint(learner)
                 run.advance(learner.step)
             result.finish()
+            run.keep_weights(learner)
     return run.finish()
 
 

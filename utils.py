@@ -132,6 +132,7 @@ OPTIONS = {
     "real_noise": (bool, "steps see the image drawn anew, as photons"),
     "seed": (seed, "of noise, weights, masks and dropout"),
     "device": (choose_device, "auto, cpu, cuda, cuda:N or mps"),
+    "init": (name, "checkpoint.pt to begin with the weights of; previous: image's"),
     "resume": (bool, "go on from the checkpoint of an interrupted run"),
     "test_frequency": (count, "steps between ensemble predictions"),
     "num_prediction": (count, "predictions averaged"),
@@ -146,6 +147,7 @@ OPTIONS = {
 IRRELEVANT = ["path", "reference", "resume", "test_frequency", "device", "model_type"]
 IRRELEVANT += ["log_path"]
 NAMED = ["sigma", "observed", "mask", "recipe", "kernel_size", "kernel_sigma", "kernel"]
+NAMED += ["init"]
 
 
 def parse_arguments(description, defaults, decide, argv=None):
@@ -449,6 +451,16 @@ def contents_name(path):
     return f"{Path(path).stem}-{contents[:8]}"
 
 
+def digest(arrays):
+    """Return what tells arrays or CPU tensors from others; None where there are none."""
+    if arrays is None:
+        return None
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(np.ascontiguousarray(array))
+    return total.hexdigest()
+
+
 def find_images(path):
     """List the image files that --path means, and the pages of stacks.
 
@@ -519,7 +531,7 @@ OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "checkpoint*
 OWN_FILES += ["error.mat", "Self2Self-*.png", "restored.*", "comparison.png"]
 OWN_FILES += ["uncertainty.png"]
 COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr", "seconds")
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 
 
 class Result:
@@ -626,14 +638,12 @@ class Result:
             self.heading += f", observation {self.scores[0]:.3f} dB"
         if self.args.fuse == "on":
             self.heading += f", noise sigma {self.sigma:.4g}"
-        sums = {
-            key: None if array is None else hashlib.sha256(array).hexdigest()
-            for key, array in (
-                ("image or noise", observation),
-                ("reference", self.clean),
-            )
-        }
-        self.made_from = self.settings | sums | {"device": self.args.device.type}
+        arrays = {"image or noise": [observation]}
+        arrays["reference"] = None if self.clean is None else [self.clean]
+        sums = {key: digest(array) for key, array in arrays.items()}
+        weights = digest(learner.initial_weights)
+        others = {"initial weights": weights, "device": self.args.device.type}
+        self.made_from = self.settings | sums | others
         if not (self.args.resume and self._load_checkpoint(learner)):
             make_room(self.folder, self.made_from)
         self._write_record()
@@ -751,25 +761,17 @@ class Result:
 
     def _load_checkpoint(self, learner):
         """Go on from the checkpoint; tell whether there is one."""
-        path, other = self.folder / "checkpoint.pt", None
+        path = self.folder / "checkpoint.pt"
         if not path.exists():
             return False
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            if saved.get("format") != CHECKPOINT_FORMAT:
-                other = "version of this program"
-            else:
-                was, now = saved["made_from"], self.made_from
-                changed = [
-                    k for k in was.keys() | now.keys() if was.get(k) != now.get(k)
-                ]
-                other = ", another ".join(sorted(changed))
-        except Exception:  # noqa: BLE001 - a damaged file fails in many ways
-            raise InputError(f"{path}: damaged; move it away to start over") from None
-        if other:
+        saved = read_checkpoint(path)
+        was, now = saved["made_from"], self.made_from
+        changed = [k for k in was.keys() | now.keys() if was.get(k) != now.get(k)]
+        if changed:
             raise InputError(
-                f"{path}: the checkpoint is of another {other}; without --resume the "
-                "run starts over"
+                f"{path}: the checkpoint is of another "
+                f"{', another '.join(sorted(changed))}; without --resume the run starts "
+                "over"
             )
         step, self.rows = saved["learner"]["step"], list(map(tuple, saved["rows"]))
         if step > self.args.iteration and (not self.rows or step != self.rows[-1][0]):
@@ -808,6 +810,22 @@ class Result:
         record |= {"observation": self.scores, "columns": COLUMNS, "rows": self.rows}
         data = json.dumps(record, indent=1).encode()
         write_atomically(self.folder / "record.json", data)
+
+
+def read_checkpoint(path):
+    """Return what Result.save_checkpoint has written, on the CPU.
+
+    Raises:
+        InputError: the file is none; the text says why.
+    """
+    with suppress(Exception):  # a damaged file fails in many ways
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["format"] == CHECKPOINT_FORMAT:
+            return saved
+    raise InputError(
+        f"{path}: damaged, or no checkpoint of this version of the program; without it "
+        "the run starts over"
+    )
 
 
 def make_room(folder, made_from):
@@ -856,11 +874,15 @@ class Run:
     def __init__(self, args, usual, psf=None):
         self.args, self.results, self.failed = args, [], []
         self.stopped, self.bar, self.logged = None, None, False
+        self.weights = {}  # number of channels -> those to begin with
         try:
             self._name_settings(usual, psf)
             self._name_logs()
             self.files = find_images(args.path)
             self._check()
+            if args.init not in (None, "previous"):
+                weights = read_checkpoint(args.init)["learner"]["weights"]
+                self.weights[weights[0].shape[1]] = weights
         except (InputError, OSError) as error:
             sys.exit(fail(reason(error)))
         self.paths = self.files[self.rank :: self.world]
@@ -886,10 +908,15 @@ class Run:
         mask = args.mask and contents_name(args.mask)
         parts += [f"mask-{mask}"] * bool(mask)
         parts += [psf, args.recipe] if psf else [args.recipe]
+        init = args.init
+        if init not in (None, "previous"):
+            init = contents_name(init)
         self.settings = told | named | {"recipe": args.recipe, "mask": mask}
+        self.settings |= {"init": init}
         for key, value in told.items():
             if value != usual[key]:
                 parts += [f"{key}-{value}" if type(value) is str else f"{key}{value:g}"]
+        parts += [f"init-{init}"] * bool(init)
         self.settings_name = "_".join(parts)
 
     def _name_logs(self):
@@ -908,6 +935,8 @@ class Run:
     def _check(self):
         """Raise InputError where a file would be written in another's place, or cannot."""
         args = self.args
+        if self.world > 1 and args.init == "previous":
+            raise InputError("--init previous goes with one process, not with several")
         if len(self.files) > 1 and args.reference:
             raise InputError("--reference goes with one image, not with several")
         for folder in (Path("images"), self.logs[0].parent):
@@ -916,6 +945,7 @@ class Run:
                 raise InputError(f"{there}: make it a folder that can be written to")
         inputs = [stack_of(file) or file for file in self.files]
         inputs += [args.reference, args.mask, getattr(args, "kernel", None)]
+        inputs += [None if args.init == "previous" else args.init]
         inputs = {Path(file).resolve() for file in inputs if file}
         for path in self.logs:
             if path.is_dir() or path.resolve() in inputs:
@@ -926,6 +956,22 @@ class Run:
                     f"{folder}: where results would go is a file; move it, or run from "
                     "another folder"
                 )
+
+    def initial_weights(self, channels):
+        """Return what --init says a network of so many channels begins with, or None."""
+        if (
+            self.weights
+            and self.args.init != "previous"
+            and channels not in self.weights
+        ):
+            raise InputError(f"{self.args.init}: of a picture with other channels")
+        return self.weights.get(channels)
+
+    def keep_weights(self, learner):
+        """With --init previous, let the next image begin where this one has ended."""
+        if self.args.init == "previous":
+            weights = learner.network_weights()
+            self.weights[weights[0].shape[1]] = weights
 
     def folder(self, path):
         """Say where the results of an image go."""

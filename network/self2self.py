@@ -115,7 +115,9 @@ class Self2Self:
         self.y = None
         tune_cpu()
 
-    def begin(self, observation, forward_operator, known=None, on_restart=None):
+    def begin(
+        self, observation, forward_operator, known=None, weights=None, on_restart=None
+    ):
         """Start on an image with new weights, at step 0.
 
         On CUDA an image of the same shape, under the same operator, uses the step that
@@ -128,10 +130,11 @@ class Self2Self:
                 has `reach`, how many pixels it looks.
             known: 1 where an entry of y is known, else 0; (C, H, W) or (1, H, W). An
                 unknown entry is neither seen nor judged. None: all are known.
+            weights: to start from another network's, see `network_weights`; None: from chance.
             on_restart: told what happened, in a sentence, when the network has died and
                 started over.
         """
-        self.on_restart = on_restart
+        self.on_restart, self.initial_weights = on_restart, weights
         self.attempt, self.lr, self.start = 0, self.initial_lr, self.initial_start
         self._start(observation, forward_operator, known)
 
@@ -151,7 +154,11 @@ class Self2Self:
             torch.manual_seed(self.seed + ATTEMPT_SEED * self.attempt)
             # the same weights on every device
             network = Punet(y.shape[1], self.drop_rate, self.ratio)
-        if self.start == "mean":
+        if self.initial_weights and not self.attempt:
+            with torch.no_grad():
+                for weight, given in zip(network.parameters(), self.initial_weights):
+                    weight.copy_(given)
+        elif self.start == "mean":
             sums, counts = ((known * x).sum((0, 2, 3)) for x in (y, torch.ones_like(y)))
             mean = (sums / counts.clamp(min=1)).clamp(0.02, 0.98).cpu()
             with torch.no_grad():
@@ -226,6 +233,10 @@ class Self2Self:
                     inner.transpose(2, axis)[:, :, part] = 0
         self.inner = inner
 
+    def network_weights(self):
+        """Return copies of the network's weights, on the CPU."""
+        return [w.detach().cpu().clone() for w in self.network.parameters()]
+
     def _moments(self):
         """The optimisers' tensors."""
         states = [s for optimizer in self.optimizers for s in optimizer.state.values()]
@@ -249,6 +260,7 @@ class Self2Self:
         """All that the coming steps depend on: numbers, and tensors that steps change."""
         tensors = [tensor.detach() for tensor in self._tensors()]
         return {
+            "weights": tensors[: len(list(self.network.parameters()))],
             "tensors": tensors,
             "masks": self.masks.state(),
             "step": self.step,
