@@ -40,8 +40,9 @@ DEFAULTS = {
 
 def decide(args):
     """Return what the recipe decides for this noise; a camera's is not known, nor white."""
-    sigma = None if args.observed else args.sigma
-    fuse = bool(sigma) and not (args.mask or args.missing)
+    sigma = args.sigma if not args.observed or args.sigma == 0 else None
+    incomplete = bool(args.mask or args.missing)
+    fuse = sigma == 0 if incomplete else bool(sigma)
     real = args.observed and bool(args.sigma) and args.recipe == "fast"
     noise = {"real_noise": real}
     return noise | recipes.decided(args.recipe, args.device, sigma, fuse)

@@ -204,8 +204,9 @@ def refuse_contradictions(parser, args, asked):
         args.fuse = "off"
     if args.mask and args.missing:
         parser.error("--mask and --missing: one of them says which pixels are missing")
-    if (args.mask or args.missing) and args.fuse == "on":
-        parser.error("--fuse on needs a picture that is complete")
+    degraded = args.sigma or "kernel" in args
+    if (args.mask or args.missing) and args.fuse == "on" and degraded:
+        parser.error("--fuse on: with missing pixels, no noise (--sigma 0) and no blur")
     if Path(args.model_type).name != args.model_type:
         parser.error(f"--model_type {args.model_type!r}: no name of a folder")
     if args.reference and not args.observed:
@@ -662,7 +663,7 @@ class Result:
 
     def _noise_level(self):
         """Return the noise's sigma: simulated, given, or where fusing asks, estimated."""
-        estimated = self.args.observed and not self.args.noise_sigma
+        estimated = self.args.observed and self.args.sigma and not self.args.noise_sigma
         if not (estimated and self.args.fuse == "on"):
             return self.args.noise_sigma or self.args.sigma
         sigma = estimate_sigma(self.observation)
@@ -694,7 +695,10 @@ class Result:
             x if x is None else x[self.place] for x in (ensemble, fused, error)
         )
         if self.exact:
-            ensemble = np.where(self.known, self.observation, ensemble)
+            ensemble, fused = (
+                x if x is None else np.where(self.known, self.observation, x)
+                for x in (ensemble, fused)
+            )
         self.restored = ensemble if fused is None else fused
         self.deviation = 255 * np.sqrt(learner.variance[self.place].mean(0))
         psnr = ssim = plain = None

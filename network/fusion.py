@@ -67,8 +67,8 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
         variance: of the predictions, by plane, of the same shape.
         observation: y, likewise.
-        known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W). Of an
-            unknown one the prediction is believed.
+        known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W). Made for
+            a margin; for holes see missing.fuse.
         sigma: s, standard deviation of y's white noise on the 0-255 scale.
         forward_operator: A, linear, for every channel by itself and the same at every
             place of the image, which it takes as periodic; from and to (1, C, H, W).
@@ -89,9 +89,8 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
     impulse[..., 0, 0] = 1
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
-    noise = quiet(residual) / known.mean().item()
-    noise -= (mean.mean() * power.mean()).item()
-    noise = max((sigma / 255) ** 2, noise)
+    noise = quiet(residual) / known.mean() - mean.mean() * power.mean()
+    noise = max((sigma / 255) ** 2, noise.item())
     passed = bounded(power, noise / mean)
     ratio = noise * (1 / passed).mean((1, 2), keepdim=True) / mean
     # Twice the noise's energy is not chance, whatever the predictions agree upon.

@@ -57,8 +57,7 @@ def decided(recipe, device, sigma=None, fuse=True):
         device: a torch.device, where to compute.
         sigma: standard deviation of the noise, 0-255 scale; None where it is not known,
             or where a blur is there too.
-        fuse: whether fusing may be worth it: the noise is white and of a known level,
-            and no pixel is missing.
+        fuse: whether fusing may be worth it: the noise is white and of a known level.
     """
     level = UNKNOWN_SIGMA if sigma is None else sigma
     values = {

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import torch
 
-from network import fusion
+from network import fusion, missing
 from network.masks import BernoulliMasks, flip
 from network.muon import Muon
 from network.punet import Punet
@@ -417,7 +417,7 @@ class Self2Self:
         return whole
 
     def fuse(self, ensemble, sigma):
-        """Fuse the last `predict` with the observation: see fusion.fuse.
+        """Fuse the last `predict` with the observation: see fusion.fuse, missing.fuse.
 
         Args:
             ensemble: what `predict` gave, (C, H, W).
@@ -426,8 +426,10 @@ class Self2Self:
         Returns:
             The fused restoration and its predicted squared error, both (C, H, W).
         """
-        observed = self.y[0], self.known[0], sigma
-        return fusion.fuse(ensemble, self.variance, *observed, self.forward_operator)
+        given = ensemble, self.variance, self.y[0], self.known[0]
+        if not self.periodic and not self.known.all():
+            return missing.fuse(*given)
+        return fusion.fuse(*given, sigma, self.forward_operator)
 
     def mean_loss(self):
         """Mean loss of the steps since this was last asked for. Reads the device."""

@@ -16,7 +16,7 @@ TILES = 64  # worked on at a time, for memory's sake
 GROUPS = {0: (7, 60, 1, 2), 12: (7, 60, 1.5, 2), 20: (9, 120, 2, 1)}
 
 
-def filter_groups(pilot, observation, noise):
+def filter_groups(pilot, observation, noise, times=None):
     """Estimate a picture from groups of similar patches, given a first estimate of it.
 
     The second step of NL-Ridge (Herbreteau, Kervrann, SIAM J. Imaging Sciences 2022). A
@@ -36,13 +36,14 @@ def filter_groups(pilot, observation, noise):
             patches are compared in the first.
         observation: y, of the same shape.
         noise: s^2, variance of the observation's white noise; above 0.
+        times: how often all is done; None: as GROUPS has it.
 
     Returns:
         The second estimate and its risk, an expected squared error; both (C, H, W).
     """
     level = 255 * math.sqrt(noise)
-    patch, size, gain, times = GROUPS[max(k for k in GROUPS if k <= level)]
-    for _ in range(times - 1):
+    patch, size, gain, usual = GROUPS[max(k for k in GROUPS if k <= level)]
+    for _ in range((times or usual) - 1):
         pilot = _filter_once(pilot, observation, noise, patch, size, gain)[0]
     return _filter_once(pilot, observation, noise, patch, size, gain)
 

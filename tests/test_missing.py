@@ -5,6 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import scipy.io
 from scripts import SCRIPTS, run, write
 
 import utils
@@ -30,7 +31,7 @@ def test_hidden_pixels_are_a_share_of_all_and_known_ones_come_back(channels):
         assert run("denoise", f"--path in/a.png --sigma 0 --missing 0.7 {flags}") == 0
         made = folder_of("denoise")
         assert "sigma0_" in made.name and "missing0.7" in made.name
-        assert not (made / "error.mat").exists()
+        error = scipy.io.loadmat(made / "error.mat")["error"].reshape(64, 64, -1)
         observation = read(made / "noisy.png").reshape(64, 64, -1)
         restored = read(made / "restored.png").reshape(64, 64, -1)
         gone = (observation == 0).all(2)
@@ -38,6 +39,7 @@ def test_hidden_pixels_are_a_share_of_all_and_known_ones_come_back(channels):
         np.testing.assert_array_equal(observation[~gone], clean[~gone])
         np.testing.assert_array_equal(restored[~gone], clean[~gone])
         assert (restored[gone] > 0).all()
+        assert (error[gone] > 0).all() and (error[~gone] == 0).all()
         hidden.append(gone)
     assert (hidden[0] == hidden[1]).all() and (hidden[0] != hidden[2]).any()
 

@@ -1,0 +1,99 @@
+"""Fusing where entries are missing."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from scripts import run, write
+from skimage.restoration import inpaint_biharmonic
+from tensors import begun, random_image, train
+from test_options import parse
+from test_similar import decibels, saved
+
+from network import missing
+
+
+def naive_spread(residual, known):
+    """Entry by entry."""
+    width = 0.7 / np.sqrt(known.mean())
+    reach = int(np.ceil(3 * width))
+    _, height, width_of_all = residual.shape
+    result = residual.copy()
+    for c, i, j in np.ndindex(residual.shape):
+        if not known[c, i, j]:
+            rows = np.arange(max(0, i - reach), min(height, i + reach + 1))
+            columns = np.arange(max(0, j - reach), min(width_of_all, j + reach + 1))
+            squares = (rows - i)[:, None] ** 2 + (columns - j) ** 2
+            weights = np.exp(-squares / width**2 / 2) * known[c][np.ix_(rows, columns)]
+            values = residual[c][np.ix_(rows, columns)]
+            result[c, i, j] = (weights * values).sum() / max(weights.sum(), 1e-6)
+    return result
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_a_residual_is_spread_by_its_definition(share):
+    residual = random_image(3, 20, 17)
+    known = (random_image(3, 20, 17, seed=1) < share).float()
+    expected = naive_spread(residual.double().numpy(), known.numpy())
+    made = missing.spread(residual, known)
+    np.testing.assert_allclose(made, expected, atol=1e-4)
+
+
+def holes(share, shape):
+    return (np.random.default_rng(0).random(shape) >= share).astype(np.float32)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_what_is_missing_is_found_better_than_by_the_network_or_smoothly(share):
+    clean, (f, variance, *_) = saved("denoise")
+    known = holes(share, clean.shape)
+    smooth = inpaint_biharmonic(clean[0].astype(float), known[0] == 0)[None]
+    made = [
+        np.where(
+            known,
+            clean,
+            missing.fuse(f, variance, known * clean + (1 - known) * other, known)[0],
+        )
+        for other in (0, 9)  # what stands at a missing entry is not looked at
+    ]
+    np.testing.assert_array_equal(*made)
+    best = max(decibels(x, clean) for x in (np.where(known, clean, f), smooth))
+    assert decibels(made[0], clean) > best + 0.3
+
+
+def test_channels_with_holes_of_their_own():
+    gray = gaussian_filter(random_image(1, 48, 40).numpy(), (0, 1, 1))
+    clean = np.concatenate([gray, 0.5 * gray, 1 - gray])
+    f = clean + 0.05 * np.random.default_rng(0).standard_normal(clean.shape)
+    variance = np.full(clean.shape, 0.05**2 / 2.2, np.float32)
+    known = holes(0.5, clean.shape)
+    result, predicted = missing.fuse(np.float32(f), variance, clean * known, known)
+    error = (result - clean) ** 2
+    assert error[known == 0].mean() < 0.5 * 0.05**2
+    np.testing.assert_allclose(predicted[known == 0], 0.05**2, rtol=1e-4)
+    assert (predicted[known > 0] == 0).all()
+
+
+def test_learner_fuses_what_it_knows(monkeypatch):
+    y, known = random_image(1, 40, 33), torch.from_numpy(holes(0.5, (1, 40, 33)))
+    learner = begun(y)
+    learner.begin(y, lambda x: x, known)
+    ensemble = train(learner, 2).predict(3)
+    expected = missing.fuse(ensemble, learner.variance, y, known)
+    for made, other in zip(learner.fuse(ensemble, 20), expected, strict=True):
+        np.testing.assert_array_equal(made, other)
+
+
+def test_incomplete_pictures_are_fused_where_the_noise_is_known(capsys):
+    def fuses(task, flags):
+        return parse(flags, task)["fuse"] == "on"
+
+    for flags in ("--missing 0.5", "--mask m.png", "--mask m.png --observed"):
+        assert not fuses("denoise", flags) and not fuses("deblur", flags)
+        assert fuses("denoise", f"{flags} --sigma 0")
+        assert not fuses("deblur", f"{flags} --sigma 0")
+    write("in/a.png")
+    for task, sigma in (("denoise", 1), ("deblur", 0)):
+        flags = f"--path in/a.png --missing 0.5 --fuse on --sigma {sigma}"
+        assert run(task, flags) == 2
+        assert "no noise (--sigma 0) and no blur" in capsys.readouterr().err
