@@ -332,7 +332,7 @@ def is_utf8(path):
 
 def stack_of(path):
     """Return the TIFF file that a page's path, such as cells.tif/007, is in, else None."""
-    return path.parent if path.parent.is_file() else None
+    return path.parent if path.name.isdecimal() and path.parent.is_file() else None
 
 
 def pages(path):
@@ -1075,7 +1075,8 @@ class Run:
         """Return an image's record where it is finished, else None."""
         with suppress(OSError, ValueError, KeyError):  # none, or not ours
             record = json.loads((self.folder(file) / "record.json").read_text())
-            return record if record["finished"] else None
+            finished = record["finished"] and record["rows"] and record["made_from"]
+            return record if finished else None
 
     def _write_stack(self, stack, records):
         """Join a stack's restored pages, all of which are finished.

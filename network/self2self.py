@@ -334,7 +334,8 @@ class Self2Self:
         """Estimate the seconds that training steps and tests, fused or not, will take.
 
         From two predictions of a window: a step takes as long as some three of them,
-        fusing as long as some twenty of the picture for every channel.
+        fusing as long as some twenty of the picture for every channel, of one with
+        holes a hundred.
         """
         height, width = self.window
         y, known = (x[..., :height, :width] for x in (self.y, self.known))
@@ -348,7 +349,7 @@ class Self2Self:
             for size in self.y.shape[2:]
         )
         tested = self.ensemble_size(num_prediction) * rows * columns
-        tested += 20 * fuse * self.y.numel()
+        tested += (100 if self._has_holes() else 20) * fuse * self.y.numel()
         return seconds * (3 * steps * self.bs + tests * tested / (height * width))
 
     def ensemble_size(self, num_prediction):
@@ -427,9 +428,13 @@ class Self2Self:
             The fused restoration and its predicted squared error, both (C, H, W).
         """
         given = ensemble, self.variance, self.y[0], self.known[0]
-        if not self.periodic and not self.known.all():
+        if self._has_holes():
             return missing.fuse(*given)
         return fusion.fuse(*given, sigma, self.forward_operator)
+
+    def _has_holes(self):
+        """Tell whether entries are missing, and not because a blur left a margin."""
+        return not self.periodic and not self.known.all()
 
     def mean_loss(self):
         """Mean loss of the steps since this was last asked for. Reads the device."""
