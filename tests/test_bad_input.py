@@ -99,7 +99,7 @@ def bad_inputs():
         ("--kernel text.mat", "text.mat: no PSF can be read"),
         ("--kernel cut.png", "cut.png is damaged"),
         ("--path good.png --kernel_size 33", "larger than the image of 32x32"),
-        ("--path good.png --kernel_size 33 --observed", "larger than the image"),
+        ("--path good.png --kernel_size 33 --observed --boundary wrap", "larger"),
         ("--path good.png --boundary valid --kernel_size 2", "leaves 31x31 pixels"),
         ("--path good.png --boundary valid --kernel_size 99", "leaves 0x0 pixels"),
         ("--kernel_size 1000000", "--kernel_size"),

@@ -23,17 +23,17 @@ def read(path):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_hidden_pixels_are_a_share_of_all_and_known_ones_come_back(channels):
-    write("in/a.png", channels, side=64)
+    write("in/a.png", channels, side=40)
     clean, hidden = read("in/a.png").clip(min=1), []  # 0 means hidden, below
     cv2.imwrite("in/a.png", clean)
-    clean = clean.reshape(64, 64, -1)
+    clean = clean.reshape(40, 40, -1)
     for flags in ("--seed 3", "--seed 3", "--seed 4"):
         assert run("denoise", f"--path in/a.png --sigma 0 --missing 0.7 {flags}") == 0
         made = folder_of("denoise")
         assert "sigma0_" in made.name and "missing0.7" in made.name
-        error = scipy.io.loadmat(made / "error.mat")["error"].reshape(64, 64, -1)
-        observation = read(made / "noisy.png").reshape(64, 64, -1)
-        restored = read(made / "restored.png").reshape(64, 64, -1)
+        error = scipy.io.loadmat(made / "error.mat")["error"].reshape(40, 40, -1)
+        observation = read(made / "noisy.png").reshape(40, 40, -1)
+        restored = read(made / "restored.png").reshape(40, 40, -1)
         gone = (observation == 0).all(2)
         assert 0.65 < gone.mean() < 0.75
         np.testing.assert_array_equal(observation[~gone], clean[~gone])
@@ -56,20 +56,20 @@ def test_noise_and_blur_leave_no_pixel_as_it_was():
 
 @pytest.mark.parametrize("task", SCRIPTS)
 def test_mask_says_what_is_missing(task):
-    write("in/a.png", 3, side=64)
-    mask = np.full((64, 64), 255, np.uint8)
+    write("in/a.png", 3, side=56)
+    mask = np.full((56, 56), 255, np.uint8)
     mask[20:30, 5:40] = 0
     names = set()
     for value in (255, 1, 0):  # whatever is not 0 is known
-        mask[50] = value
+        mask[45] = value
         cv2.imwrite("in/mask.tif", mask)
-        flags = "--path in/a.png --mask in/mask.tif --crop 48 --observed --sigma 0"
+        flags = "--path in/a.png --mask in/mask.tif --crop 40 --observed --sigma 0"
         assert run(task, flags) == 0
         made = folder_of(task)
         assert made.name.startswith("observed_sigma0_mask-mask-")
         names.add(made.name.rpartition("-")[0])
         gone = (read(made / "noisy.png") == 0).all(2)
-        assert (gone == (mask[8:56, 8:56] == 0)).mean() > 0.99
+        assert (gone == (mask[8:48, 8:48] == 0)).mean() > 0.99
     assert len(names) == 3
 
 
