@@ -61,7 +61,7 @@ def test_a_checkpoints_weights_are_where_training_begins(watched, capsys):
 def test_a_folders_images_hand_their_weights_on(watched, monkeypatch, capsys):
     for name, channels in zip("abcd", (1, 3, 1, 1)):
         write(f"in/{name}.png", channels)
-    flags = "--path in --init previous"
+    flags = "--path in --init previous --test_frequency 4"
     assert run("denoise", flags) == 0
     a, b, c, d = watched
     assert not same(a, checkpoint("a.png"))
