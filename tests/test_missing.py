@@ -10,7 +10,6 @@ from scripts import SCRIPTS, run, write
 
 import utils
 
-
 ONE_TEST = " --test_frequency 4"  # not one within the training, too
 
 
