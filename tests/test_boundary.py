@@ -62,7 +62,7 @@ def test_a_simulated_border_is_valid_and_results_lie_in_ys_place(shape, monkeypa
         begin(learner, *args, **kwargs)
 
     monkeypatch.setattr(network.Self2Self, "begin", watched)
-    flags = "--path in/a.png --kernel psf.npy --boundary valid --sigma 0"
+    flags = "--path in/a.png --kernel psf.npy --boundary valid --sigma 0 --iteration 1"
     assert run("deblur", flags) == 0
     assert "_boundary-valid_" in results().name + "_"
     inner = place(CircularBlur(psf), (48, 48))
@@ -86,7 +86,9 @@ def test_an_observed_picture_gets_a_margin_that_is_cut_again(shape, monkeypatch)
     canvas = random_image(1, *size).numpy()
     monkeypatch.setattr(network.Self2Self, "predict", lambda learner, n: canvas)
     monkeypatch.setattr(network.Self2Self, "variance", canvas, raising=False)
-    assert run("deblur", "--path in/a.png --observed --kernel psf.npy") == 0
+    assert (
+        run("deblur", "--path in/a.png --observed --kernel psf.npy --iteration 1") == 0
+    )
     assert "boundary" not in results().name
     inner = place(CircularBlur(psf), size)
     expected = np.rint(255 * canvas[0][inner])

@@ -105,7 +105,7 @@ def test_stack_becomes_a_stack_of_its_restored_pages(shape, dtype, kind, capsys)
         extra = ["unspecified"] * (shape[2:] == (4,))
         for page in clean:
             stack.write(page, photometric=kind, extrasamples=extra, contiguous=False)
-    assert run("denoise", "--path in --observed") == 0
+    assert run("denoise", "--path in --observed --test_frequency 4") == 0
     assert capsys.readouterr().out.count("restored.tif") == 3
     (made,) = Path("images/in/cells.TIF/denoise").iterdir()
     joined = tifffile.TiffFile(made / "restored.tif")
@@ -129,17 +129,17 @@ def test_stack_is_resumed_page_by_page(capsys):
     Path("in").mkdir()
     clean = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
     tifffile.imwrite("in/a.tif", clean, photometric="minisblack")
-    assert run("denoise", "--path in/a.tif") == 0
+    assert run("denoise", "--path in/a.tif --test_frequency 4") == 0
     expected = without_seconds(files("images"))
     shutil.rmtree("images/in/a.tif/2")
     (stack,) = Path("images/in/a.tif/denoise").iterdir()
     (stack / "restored.tif").unlink()
-    assert run("denoise", "--path in/a.tif --resume") == 0
+    assert run("denoise", "--path in/a.tif --test_frequency 4 --resume") == 0
     assert capsys.readouterr().out.count("finished already") == 2
     assert without_seconds(files("images")) == expected
     clean[1, 0, 0] += 1
     tifffile.imwrite("in/a.tif", clean, photometric="minisblack")
-    assert run("denoise", "--path in/a.tif") == 0
+    assert run("denoise", "--path in/a.tif --test_frequency 4") == 0
     kept = stack.with_name(f"{stack.name}~1") / "restored.tif"
     assert kept.read_bytes() == expected[f"in/a.tif/denoise/{stack.name}/restored.tif"]
     assert len(tifffile.TiffFile(stack / "restored.tif").pages) == 3
@@ -150,6 +150,6 @@ def test_stack_with_a_bad_page_is_not_joined(capsys):
     with tifffile.TiffWriter("in/a.tif") as stack:
         for side in (32, 8, 40):
             stack.write(np.full((side, side), 9, np.uint8))
-    assert run("denoise", "--path in/a.tif") == 1
+    assert run("denoise", "--path in/a.tif --test_frequency 4") == 1
     assert "1 of 3 images failed: in/a.tif/2" in capsys.readouterr().err
     assert {f.name for f in Path("images/in/a.tif").iterdir()} == {"1", "3"}
