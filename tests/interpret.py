@@ -22,8 +22,8 @@ from network.punet import Punet
 # channels, drop rate, ratio, height and width, then of the kernels: pixels from which maps
 # are widened, block of pixels and of channels (large ones are interpreted sooner)
 CASES = [
-    (1, 0.3, "entries", 33, 40, 2**14, 64, 32),
-    (3, 0.0, "window", 35, 32, 0, 16, 128),
+    (1, 0.3, "entries", 33, 34, 2**14, 64, 64),
+    (3, 0.0, "window", 33, 32, 0, 16, 128),
 ]
 
 
