@@ -40,12 +40,11 @@ DEFAULTS = {
 
 def decide(args):
     """Return what the recipe decides for this noise; a camera's is not known, nor white."""
-    sigma = args.sigma if not args.observed or args.sigma == 0 else None
-    incomplete = bool(args.mask or args.missing)
-    fuse = sigma == 0 if incomplete else bool(sigma)
-    real = args.observed and bool(args.sigma) and args.recipe == "fast"
-    noise = {"real_noise": real}
-    return noise | recipes.decided(args.recipe, args.device, sigma, fuse)
+    camera = args.observed and args.sigma > 0  # --sigma 0 says: no noise
+    sigma = None if camera else args.sigma
+    fuse = sigma == 0 if args.mask or args.missing else bool(sigma)
+    others = {"real_noise": camera and args.recipe == "fast"}
+    return others | recipes.decided(args.recipe, args.device, sigma, fuse)
 
 
 def identity(x):

@@ -129,7 +129,10 @@ OPTIONS = {
     "lr": (positive, "learning rate"),
     "optimizer": (("adam", "adamw", "muon"), "optimiser"),
     "bs": (count, "Bernoulli samples of the observation per step"),
-    "real_noise": (bool, "steps see the image drawn anew, as photons"),
+    "real_noise": (
+        bool,
+        "steps see the image as drawn anew; None: denoising --observed",
+    ),
     "seed": (seed, "of noise, weights, masks and dropout"),
     "device": (choose_device, "auto, cpu, cuda, cuda:N or mps"),
     "init": (name, "checkpoint.pt to begin with the weights of; previous: image's"),

@@ -130,7 +130,8 @@ class Self2Self:
                 has `reach`, how many pixels it looks.
             known: 1 where an entry of y is known, else 0; (C, H, W) or (1, H, W). An
                 unknown entry is neither seen nor judged. None: all are known.
-            weights: to start from another network's, see `network_weights`; None: from chance.
+            weights: to start from, another network's: see `network_weights`. None: new
+                ones.
             on_restart: told what happened, in a sentence, when the network has died and
                 started over.
         """
@@ -448,19 +449,23 @@ class Self2Self:
 
         Dead are a loss that is not finite; and, from step 100 on, a prediction on the
         sigmoid's flat ends, where no gradient passes, that errs by more than the noise
-        (which neighbouring entries' differences bound: a black picture's black
-        prediction is alive); and one that swings by more than the observation and errs
+        (which known neighbours' differences bound: a black picture's black prediction
+        is alive); and one that swings by more than the observation and errs
         by twice its variance.
         """
         # The loss's running mean over about 20 steps.
         loss = self.recent.item() / (1 - 0.95 ** max(1, self.step))
         if not math.isfinite(loss) or self.step < CHECK_EVERY:
             return math.isfinite(loss)
-        noise = (self.y.diff(dim=-1) ** 2).mean().item() / 2
-        variance = self.y.var((2, 3)).max().item()
+        known = self.known.expand_as(self.y)
+        pairs = known[..., 1:] * known[..., :-1]
+        noise = (pairs * self.y.diff(dim=-1) ** 2).sum() / pairs.sum().clamp(min=1) / 2
+        count = known.sum((2, 3), keepdim=True).clamp(min=1)
+        mean = (known * self.y).sum((2, 3), keepdim=True) / count
+        variance = (known * (self.y - mean) ** 2 / count).sum((2, 3)).max().item()
         flat = self.sigmoid_slope.item() < 1e-5
         swing = self.prediction_std.item() ** 2
-        stuck = flat and loss > 1.1 * noise
+        stuck = flat and loss > 1.1 * noise.item()
         wild = swing > max(variance, 0.01) and loss > 2 * variance
         return not stuck and not wild
 

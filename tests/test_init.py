@@ -80,10 +80,8 @@ def test_a_folders_images_hand_their_weights_on(watched, monkeypatch, capsys):
 def test_a_failed_images_weights_are_not_handed_on(watched, monkeypatch):
     for name in "abc":
         write(f"in/{name}.png")
-    alive = Self2Self.alive
     monkeypatch.setattr(Self2Self, "alive", lambda learner: len(watched) != 2)
     assert run("denoise", "--path in --init previous") == 1
-    monkeypatch.setattr(Self2Self, "alive", alive)
     assert same(watched[1], watched[2]) and same(watched[2], checkpoint("a.png"))
 
 

@@ -107,6 +107,20 @@ def test_unknown_entries_are_neither_seen_nor_judged(window):
     np.testing.assert_array_equal(*results)
 
 
+def test_holes_do_not_hide_that_a_network_has_died():
+    """A bright flat picture, black where it is unknown, and a prediction that swings."""
+    y, known = 0.9 + 0.02 * random_image(1, 32, 32), block_mask(1, 32, 32).float()
+    swinging = 0.2 + 0.7 * (torch.arange(32) % 2).expand(1, 1, 32, 32)
+    for value, alive in ((swinging, False), (torch.full((1, 1, 32, 32), 0.9), True)):
+        learner = begun(y)
+        learner.begin(y * known, identity, known=known)
+        train(learner, 1)
+        learner.step, learner.recent = 100, ((value - y) ** 2).mean()
+        learner.prediction_std.copy_(value.std())
+        learner.sigmoid_slope.copy_((value * (1 - value)).mean())
+        assert learner.alive() is alive
+
+
 def test_the_loss_of_known_entries_alone(monkeypatch):
     y, known = random_image(1, 32, 33), block_mask(1, 32, 33).float()
     seen = []
