@@ -10,7 +10,7 @@ from tensors import begun, random_image, train
 from test_options import parse
 from test_similar import decibels, saved
 
-from network import missing
+from network import fusion, missing
 
 
 def naive_spread(residual, known):
@@ -61,17 +61,29 @@ def test_what_is_missing_is_found_better_than_by_the_network_or_smoothly(share):
     assert decibels(made[0], clean) > best + 0.3
 
 
+def test_the_first_guess_is_the_network_with_its_residual_spread(monkeypatch):
+    monkeypatch.setattr(missing, "ROUNDS", 0)
+    y, f = (random_image(1, 40, 33, seed=seed) for seed in (0, 1))
+    known = torch.from_numpy(holes(0.5, (1, 40, 33)))
+    result, _ = missing.fuse(f, torch.ones_like(y), y, known)
+    expected = torch.where(known > 0, y, f + missing.spread(y - f, known))
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
 def test_channels_with_holes_of_their_own():
     gray = gaussian_filter(random_image(1, 48, 40).numpy(), (0, 1, 1))
     clean = np.concatenate([gray, 0.5 * gray, 1 - gray])
     f = clean + 0.05 * np.random.default_rng(0).standard_normal(clean.shape)
-    variance = np.full(clean.shape, 0.05**2 / 2.2, np.float32)
+    # by plane: luminance and two differences, of which each channel has a share
+    by_plane = np.float32([1, 2, 3])[:, None, None] * np.ones_like(clean)
+    variance = by_plane * 0.05**2 / fusion.SPREAD
+    shares = fusion.opponent(torch.zeros(3, 1, 1)).numpy().T ** 2
     known = holes(0.5, clean.shape)
     result, predicted = missing.fuse(np.float32(f), variance, clean * known, known)
     error = (result - clean) ** 2
     assert error[known == 0].mean() < 0.5 * 0.05**2
-    np.testing.assert_allclose(predicted[known == 0], 0.05**2, rtol=1e-4)
-    assert (predicted[known > 0] == 0).all()
+    expected = 0.05**2 * (shares @ [1, 2, 3])[:, None, None] * (1 - known)
+    np.testing.assert_allclose(predicted, expected, rtol=1e-4)
 
 
 def test_learner_fuses_what_it_knows(monkeypatch):

@@ -85,6 +85,17 @@ def test_a_failed_images_weights_are_not_handed_on(watched, monkeypatch):
     assert same(watched[1], watched[2]) and same(watched[2], checkpoint("a.png"))
 
 
+def test_a_checkpoint_that_began_elsewhere_is_not_resumed(capsys):
+    write("in/b.png")
+    flags = "--path in --init previous"
+    assert run("denoise", flags) == 0
+    before = files("images/in/b.png")
+    write("in/a.png")  # comes first, and has other weights to hand on
+    assert run("denoise", f"{flags} --resume") == 1
+    assert "of another initial weights" in capsys.readouterr().err
+    assert files("images/in/b.png") == before
+
+
 def test_a_network_that_dies_does_not_begin_there_again():
     y = random_image(1, 32, 33)
     weights = train(begun(y), 2).network_weights()
