@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from network.frequencies import wiener
-from network.similar import filter_groups
+from network.similar import filter_groups, loudness
 
 BINS = 8  # of the residual's spectrum, along either side
 QUIET = 0.25  # share of its bins taken to hold hardly anything but noise
@@ -18,7 +18,7 @@ QUIET = 0.25  # share of its bins taken to hold hardly anything but noise
 LEAST_POWER = 1e-4
 # Dividing by the blur's transfer function makes noise stronger: by no more than brings it
 # to this many times the ensemble's error.
-AMPLIFICATION = 8
+AMPLIFICATION = 12
 
 LEAST_SIGMA = 0.5  # noise, 0-255 scale, up to which there is no second pass
 AROUND = 25  # pixels a side, over which the residual's energy tells what f missed
@@ -108,11 +108,11 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
             inverse = transfer.conj() / bounded(power, noise / expected)
             restored = convolve(known * (y - forward_operator(best[None])[0]), inverse)
             restored += best
-            # Coloured noise does not average out as white noise does.
-            level = noise * (inverse.abs() ** 4).mean().sqrt().item()
-            pilot, risk = filter_groups(pilot, restored, level)
+            left_over = noise * inverse.abs() ** 2
+            pilot, risk = filter_groups(pilot, restored, left_over)
             around = {"stride": 1, "padding": AROUND // 2, "count_include_pad": False}
-            missed = F.avg_pool2d((restored - f) ** 2, AROUND, **around) - level
+            missed = F.avg_pool2d((restored - f) ** 2, AROUND, **around)
+            missed -= loudness(left_over)[:, None, None]
             ratio = risk / torch.maximum(SPREAD * variance, missed).clamp(min=1e-12)
             del restored, missed, risk
             pilot = best = pilot.lerp(f, ratio**2 / (1 + ratio**2))

@@ -13,49 +13,74 @@ TILES = 64  # worked on at a time, for memory's sake
 # From these sigmas (0-255 scale) on: side of a patch in pixels; patches in a group; what
 # the pilot's Gram matrix is multiplied by, because the pilot is smoother than the truth;
 # how often all is done, each time with the last estimate as the pilot.
-GROUPS = {0: (7, 60, 1, 2), 12: (7, 60, 1.5, 2), 20: (9, 120, 2, 1)}
+GROUPS = {0: (6, 45, 1, 2), 12: (6, 45, 1.5, 2), 20: (8, 80, 2, 1)}
 
 
 def filter_groups(pilot, observation, noise, times=None):
     """Estimate a picture from groups of similar patches, given a first estimate of it.
 
-    The second step of NL-Ridge (Herbreteau, Kervrann, SIAM J. Imaging Sciences 2022). A
-    group has k patches of n pixels: X of the pilot, (k, n), and Y of the observation.
-    Each patch is estimated as a linear combination of all, T Y, by ridge regression,
-    X and Y taken from their means:
+    A group has k patches of n pixels: X of the pilot, (k, n), and Y of the observation,
+    whose noise has the covariance S, (n, n), in a patch. It is estimated twice, by ridge
+    regression on its patches and by Wiener's filter of its pixels, each from X's mean:
 
-        T = X X' (X X' + n s^2 I)^-1 = X (X' X + n s^2 I)^-1 X'
+        T Y with T = X X' (X X' + n s^2 I)^-1 = X (X' X + n s^2 I)^-1 X'
+        Y W with W = (X' X + k S)^-1 X' X
 
-    with s^2 the noise's variance. A pixel is the mean of its estimates, weighted by
-    1 / |T's row|^2, the inverse of the noise that is left in one. What a pixel risks is
-    that noise, s^2 |T's row|^2, halved by the mean, and what T would do to the pilot, the
-    mean square of X - T X.
+    The first is the second step of NL-Ridge (Herbreteau, Kervrann, SIAM J. Imaging
+    Sciences 2022), the second that of NL-Bayes (Lebrun, Buades, Morel, same journal,
+    2013). The mean of both is taken. A pixel is the mean of its patches' estimates,
+    weighted by the inverse of the noise that is left in them. What a pixel risks is that
+    noise, halved by the mean, and what the filters would do to the pilot, the mean square
+    of X - T X and X - X W.
 
     Args:
         pilot: (C, H, W), sides of 32 or more; the planes are filtered one by one, and
             patches are compared in the first.
-        observation: y, of the same shape.
-        noise: s^2, variance of the observation's white noise; above 0.
+        observation: of the same shape.
+        noise: variance of the observation's noise; above 0. A number, or by frequency,
+            as torch.fft.rfft2 has them, (C, H, W // 2 + 1).
         times: how often all is done; None: as GROUPS has it.
 
     Returns:
         The second estimate and its risk, an expected squared error; both (C, H, W).
     """
-    level = 255 * math.sqrt(noise)
-    patch, size, gain, usual = GROUPS[max(k for k in GROUPS if k <= level)]
+    planes, height, width = pilot.shape
+    noise = torch.as_tensor(noise).to(pilot).expand(planes, height, width // 2 + 1)
+    sigma = 255 * noise[:, 0, 0].mean().sqrt().item()  # where pictures' energy is
+    patch, size, gain, usual = GROUPS[max(k for k in GROUPS if k <= sigma)]
+    covariances = [_covariance(plane, (height, width), patch) for plane in noise]
+    settings = loudness(noise), covariances, patch, size, gain
     for _ in range((times or usual) - 1):
-        pilot = _filter_once(pilot, observation, noise, patch, size, gain)[0]
-    return _filter_once(pilot, observation, noise, patch, size, gain)
+        pilot = _filter_once(pilot, observation, *settings)[0]
+    return _filter_once(pilot, observation, *settings)
 
 
-def _filter_once(pilot, observation, noise, patch, size, gain):
+def loudness(noise):
+    """Return the variance that counts of noise (C, H, W'), by frequency: (C,).
+
+    Coloured noise does not average out over patches that overlap as white noise does:
+    the root mean square.
+    """
+    return (noise**2).mean((1, 2)).sqrt()
+
+
+def _covariance(noise, size, patch):
+    """Return the covariance in a patch, (n, n), of noise by frequency (H, W')."""
+    shared = torch.fft.irfft2(noise, s=size)  # by the distance of two pixels
+    place = torch.arange(patch**2, device=noise.device)
+    (down, across) = (x[:, None] - x for x in (place // patch, place % patch))
+    return shared[down, across]
+
+
+def _filter_once(pilot, observation, levels, covariances, patch, size, gain):
     """The same, once, with given groups."""
     (height, width), device = pilot.shape[1:], pilot.device
     rows, columns = (_tiles(n, patch, device) for n in (height, width))
     within = torch.arange(patch, device=device)
     within = (within[:, None] * width + within).flatten()
-    guide, planes = pilot[0].flatten() - 0.5, list(zip(pilot, observation))
+    guide = pilot[0].flatten() - 0.5
     sums = [torch.zeros(len(pilot), height * width, device=device) for _ in range(3)]
+    planes = list(zip(pilot, observation, levels, covariances, *sums))
     tiles = torch.arange(len(rows[0]) * len(columns[0]), device=device)
     for some in tiles.split(TILES):
         down, across = some // len(columns[0]), some % len(columns[0])
@@ -65,11 +90,12 @@ def _filter_once(pilot, observation, noise, patch, size, gain):
         )
         corners = _most_similar(guide, references, candidates, within, size)
         pixels = corners[..., None] + within  # (groups, k, n)
-        for (x, y), *plane in zip(planes, *sums):
+        for x, y, level, covariance, *totals in planes:
             x, y = x.flatten()[pixels], y.flatten()[pixels]
-            estimate, kept, lost = _ridge(x, y, noise / gain)
-            weight, risk = 1 / kept, noise * kept / 2 + lost
-            for total, value in zip(plane, (estimate, risk[..., None], x.new_ones(()))):
+            estimate, kept, lost = _estimate(x, y, level, covariance, gain)
+            weight, risk = 1 / kept, level * kept / 2 + lost
+            values = estimate, risk[..., None], x.new_ones(())
+            for total, value in zip(totals, values):
                 value = (value * weight[..., None]).expand_as(x)
                 total.index_add_(0, pixels.flatten(), value.flatten())
     *totals, weights = sums
@@ -107,17 +133,31 @@ def _most_similar(guide, references, candidates, within, size):
     return candidates.gather(2, nearest).flatten(0, 1)
 
 
-def _ridge(x, y, noise):
-    """Return T Y, (groups, k, n), |T's rows|^2 and the rows' mean (X - T X)^2.
+def _estimate(x, y, level, covariance, gain):
+    """Return the mean of T Y and Y W, (groups, k, n); the noise left; the pilot's loss.
 
-    Each from its mean, which is sure enough. The ridge is never so low that rounding
-    decides, and no estimate surer than the mean of its group.
+    The noise left in a patch, (groups, k), is in units of the level's. No estimate is
+    taken for surer than the mean of its group.
     """
-    mean = y.mean((1, 2), keepdim=True)
-    x, y = x - x.mean((1, 2), keepdim=True), y - mean
-    gram = x.transpose(1, 2) @ x
+    (k, n), mean = x.shape[1:], y.mean((1, 2), keepdim=True)
+    centred, z = x - x.mean((1, 2), keepdim=True), y - mean
+    half = _solve(centred, n * level / gain * torch.eye(n).to(x), centred.mT)
+    ridge = centred @ (half @ z) + mean
+    kept = (centred @ (half @ half.mT) * centred).sum(2).clamp(min=1 / k)
+    lost = (centred - centred @ (half @ centred)).square().mean(2)
+    mean = y.mean(1, keepdim=True)
+    centred, z = x - x.mean(1, keepdim=True), y - mean
+    gram = centred.mT @ centred
+    weights = _solve(centred, k * covariance / gain, gram)
+    wiener = z @ weights + mean
+    left = (covariance @ weights * weights).sum((1, 2)) / (n * level) + 1 / k
+    lost = lost + (centred - centred @ weights).square().mean(2)
+    return (ridge + wiener) / 2, (kept + left[:, None]) / 2, lost / 2
+
+
+def _solve(x, damping, right):
+    """Solve (X' X + damping) Z = right; never so little damped that rounding decides."""
+    gram = x.mT @ x + damping
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal += ROUNDING * diagonal.sum(1, keepdim=True) + x.shape[2] * noise
-    half = torch.cholesky_solve(x.transpose(1, 2), torch.linalg.cholesky(gram))
-    rows = (x @ (half @ half.transpose(1, 2)) * x).sum(2).clamp(min=1 / x.shape[1])
-    return x @ (half @ y) + mean, rows, (x - x @ (half @ x)).square().mean(2)
+    diagonal += ROUNDING * diagonal.sum(1, keepdim=True)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram))

@@ -15,8 +15,17 @@ from utils import gaussian_noise
 
 
 def naive_filter(pilot, y, noise, patch, size, gain):
-    """Reference by reference, with T as the k x k matrix of its definition."""
+    """Reference by reference, with T and W as the matrices of their definitions.
+
+    The noise is by frequency, (H, W // 2 + 1).
+    """
     height, width = y.shape
+    shared = np.fft.irfft2(noise, y.shape)
+    pixels = [(a, b) for a in range(patch) for b in range(patch)]
+    covariance = np.array(
+        [[shared[a - c, b - d] for c, d in pixels] for a, b in pixels]
+    )
+    level, n = np.sqrt((noise**2).mean()), patch**2
     stride = patch // 2 + 1
     count = similar.TILE // stride
     total, risk, weights = np.zeros((3, *y.shape))
@@ -43,17 +52,26 @@ def naive_filter(pilot, y, noise, patch, size, gain):
             corners = corners[:size]
             assert corners[0] == (i, j)
             x, z = (np.stack([at(image, *c) for c in corners]) for image in (pilot, y))
-            mean = z.mean()
-            x, z = x - x.mean(), z - mean
-            gram = gain * x @ x.T
-            t = np.linalg.solve(gram + patch**2 * noise * np.eye(len(x)), gram)
-            lost = ((x - t @ x) ** 2).mean(1)
-            for (a, b), estimate, row, bias in zip(corners, t @ z, t, lost):
+            k = len(x)
+            centred = x - x.mean()
+            gram = gain * centred @ centred.T
+            t = np.linalg.solve(gram + n * level * np.eye(k), gram)
+            ridge = z.mean() + t @ (z - z.mean())
+            lost = ((centred - t @ centred) ** 2).mean(1)
+            left = np.maximum((t**2).sum(1), 1 / k)
+            centred = x - x.mean(0)
+            gram = gain * centred.T @ centred
+            w = np.linalg.solve(gram + k * covariance, gram)
+            wiener = z.mean(0) + (z - z.mean(0)) @ w
+            lost = (lost + ((centred - centred @ w) ** 2).mean(1)) / 2
+            left = (left + np.trace(w.T @ covariance @ w) / n / level + 1 / k) / 2
+            estimates = (ridge + wiener) / 2
+            for (a, b), *values in zip(corners, estimates, left, lost):
+                estimate, kept, bias = values
                 place = slice(a, a + patch), slice(b, b + patch)
-                left = max((row**2).sum(), 1 / len(x))
-                total[place] += (mean + estimate.reshape(patch, patch)) / left
-                risk[place] += (noise * left / 2 + bias) / left
-                weights[place] += 1 / left
+                total[place] += estimate.reshape(patch, patch) / kept
+                risk[place] += (level * kept / 2 + bias) / kept
+                weights[place] += 1 / kept
     return total / weights, risk / weights
 
 
@@ -65,18 +83,21 @@ def test_pass_is_its_definition(shape, times, monkeypatch):
     pilot = random_image(*shape)
     pilot[1:] = pilot[:1] * 0.7 + 0.1 * pilot[1:]
     y = pilot + 0.1 * torch.randn(shape, generator=seeded())
-    made, risk = filter_groups(pilot, y, 0.01)
+    # more of high frequencies, as dividing by a blur's transfer function leaves it
+    down, across = torch.fft.fftfreq(shape[1]).abs(), torch.fft.rfftfreq(shape[2])
+    noise = (0.01 + 0.06 * down[:, None] + 0.02 * across).expand(shape[0], -1, -1)
+    made, risk = filter_groups(pilot, y, noise)
     # patches are compared in the first plane, so one plane is filtered as if alone
     alone, observed = (x[0].double().numpy() for x in (pilot, y))
     for _ in range(times):
-        alone, alone_risk = naive_filter(alone, observed, 0.01, *group)
+        alone, alone_risk = naive_filter(alone, observed, noise[0].numpy(), *group)
     np.testing.assert_allclose(made[0], alone, atol=1e-4)
     np.testing.assert_allclose(risk[0], alone_risk, atol=1e-4)
     if len(pilot) == 3:
-        pair, _ = filter_groups(pilot[[0, 2]], y[[0, 2]], 0.01)
+        pair, _ = filter_groups(pilot[[0, 2]], y[[0, 2]], noise[:2])
         torch.testing.assert_close(made[[0, 2]], pair)
     monkeypatch.setattr(similar, "TILES", 1)
-    torch.testing.assert_close(list(filter_groups(pilot, y, 0.01)), [made, risk])
+    torch.testing.assert_close(list(filter_groups(pilot, y, noise)), [made, risk])
 
 
 @pytest.mark.parametrize("sigma", [0.5, 10, 25, 50])
