@@ -59,9 +59,7 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
 
     A second pass over similar patches follows: see `similar.filter_groups`. Its
     observation is y, or under a blur f + r / A's transfer function, and with the result
-    in f's place once more. Where the pass risks more than f errs, f is kept. How much f
-    errs its predictions' variance tells, or the energy nearby of what the pass's
-    observation has besides f.
+    in f's place once more. Where the pass risks more than f errs, f is kept: see `judge`.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
@@ -109,17 +107,29 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
             restored = convolve(known * (y - forward_operator(best[None])[0]), inverse)
             restored += best
             left_over = noise * inverse.abs() ** 2
+            del inverse
             pilot, risk = filter_groups(pilot, restored, left_over)
-            around = {"stride": 1, "padding": AROUND // 2, "count_include_pad": False}
-            missed = F.avg_pool2d((restored - f) ** 2, AROUND, **around)
-            missed -= loudness(left_over)[:, None, None]
-            ratio = risk / torch.maximum(SPREAD * variance, missed).clamp(min=1e-12)
-            del restored, missed, risk
-            pilot = best = pilot.lerp(f, ratio**2 / (1 + ratio**2))
+            levels = loudness(left_over)
+            for plane in zip(pilot, risk, f, variance, restored, levels):
+                judge(*plane)
+            del restored, risk
+            best = pilot
     fused = torch.tensordot(planes.T, pilot, 1)
     # of planes that err independently
-    error = torch.tensordot(planes.T**2, SPREAD * variance * left, 1)
+    error = torch.tensordot(planes.T**2 * (SPREAD * left).flatten(), variance, 1)
     return fused.cpu().numpy(), error.cpu().numpy()
+
+
+def judge(pilot, risk, f, variance, restored, level):
+    """Put f back where the second pass risks more than f errs; one plane, in place.
+
+    How much f errs its predictions' variance tells, or the energy nearby of what the
+    pass's observation has besides f and its noise, of variance `level`.
+    """
+    around = {"stride": 1, "padding": AROUND // 2, "count_include_pad": False}
+    missed = F.avg_pool2d(((restored - f) ** 2)[None], AROUND, **around)[0] - level
+    ratio = risk / torch.maximum(SPREAD * variance, missed).clamp(min=1e-12)
+    pilot.lerp_(f, ratio**2 / (1 + ratio**2))
 
 
 def bounded(power, noise_over_error):

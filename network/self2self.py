@@ -43,6 +43,13 @@ def tune_cpu():
             mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
 
 
+def release_memory():
+    """Hand back to the system what tune_cpu has kept, before much is needed at once."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def dropped_loss(degraded, y, judged):
     """Mean squared error over the judged entries (paper, equation 7): the dropped ones.
 
@@ -428,6 +435,7 @@ class Self2Self:
         Returns:
             The fused restoration and its predicted squared error, both (C, H, W).
         """
+        release_memory()
         given = ensemble, self.variance, self.y[0], self.known[0]
         if self._has_holes():
             return missing.fuse(*given)
