@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from network.frequencies import wiener
-from network.similar import filter_groups, loudness
+from network.similar import filter_slabs, loudness
 
 BINS = 8  # of the residual's spectrum, along either side
 QUIET = 0.25  # share of its bins taken to hold hardly anything but noise
@@ -57,9 +57,9 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
     believed that is lower than what the quiet quarter of the residual's spectrum holds,
     less the error.
 
-    A second pass over similar patches follows: see `similar.filter_groups`. Its
+    A second pass over similar patches follows: see `similar.filter_slabs`. Its
     observation is y, or under a blur f + r / A's transfer function, and with the result
-    in f's place once more. Where the pass risks more than f errs, f is kept: see `judge`.
+    in f's place once more. Where the pass risks more than f errs, f is kept: see `judged`.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
@@ -108,28 +108,40 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
             restored += best
             left_over = noise * inverse.abs() ** 2
             del inverse
-            pilot, risk = filter_groups(pilot, restored, left_over)
-            levels = loudness(left_over)
-            for plane in zip(pilot, risk, f, variance, restored, levels):
-                judge(*plane)
-            del restored, risk
-            best = pilot
+            given = f, variance, restored, loudness(left_over)
+            slabs, top = [], 0
+            for slab in filter_slabs(pilot, restored, left_over):
+                slabs.append(judged(*slab, top, *given))
+                top += slabs[-1].shape[1]
+            del restored, given
+            pilot = best = torch.cat(slabs, 1)
     fused = torch.tensordot(planes.T, pilot, 1)
     # of planes that err independently
     error = torch.tensordot(planes.T**2 * (SPREAD * left).flatten(), variance, 1)
     return fused.cpu().numpy(), error.cpu().numpy()
 
 
-def judge(pilot, risk, f, variance, restored, level):
-    """Put f back where the second pass risks more than f errs; one plane, in place.
+def judged(estimate, risk, top, f, variance, restored, levels):
+    """Take f in a slab where the second pass risks more than f errs.
 
     How much f errs its predictions' variance tells, or the energy nearby of what the
-    pass's observation has besides f and its noise, of variance `level`.
+    pass's observation has besides f and its noise.
+
+    Args:
+        estimate, risk: of the pass, (C, rows, W), from row `top` on.
+        f, variance, restored: the ensemble, its predictions' variance and the pass's
+            observation, (C, H, W).
+        levels: variance of that one's noise, (C,).
     """
-    around = {"stride": 1, "padding": AROUND // 2, "count_include_pad": False}
-    missed = F.avg_pool2d(((restored - f) ** 2)[None], AROUND, **around)[0] - level
-    ratio = risk / torch.maximum(SPREAD * variance, missed).clamp(min=1e-12)
-    pilot.lerp_(f, ratio**2 / (1 + ratio**2))
+    bottom, edge = top + estimate.shape[1], AROUND // 2
+    first = max(0, top - edge)
+    near = (x[:, first : bottom + edge] for x in (restored, f))
+    energy = torch.sub(*near) ** 2
+    missed = F.avg_pool2d(energy, AROUND, 1, edge, count_include_pad=False)
+    rows, within = slice(top, bottom), slice(top - first, bottom - first)
+    missed = missed[:, within] - levels[:, None, None]
+    ratio = risk / torch.maximum(SPREAD * variance[:, rows], missed).clamp(min=1e-12)
+    return estimate.lerp(f[:, rows], ratio**2 / (1 + ratio**2))
 
 
 def bounded(power, noise_over_error):

@@ -28,26 +28,27 @@ ATTEMPT_SEED = 1_000_003  # between the seeds of a network's attempts
 
 
 def tune_cpu():
-    """Keep PyTorch fast on a CPU.
-
-    Denormal numbers, which a training network meets, are slow. So is handing every
-    large tensor's memory back to the system, to be mapped and cleared again: a step
-    takes a tenth longer.
-    """
+    """Keep PyTorch fast on a CPU: denormal numbers, which a network meets, are slow."""
     torch.set_flush_denormal(True)
+    keep_memory(2**27, 2**30)  # a window's tensors, not a large picture's
+
+
+def keep_memory(largest, freed):
+    """Say what freed memory is kept for the next tensors, and hand back all other.
+
+    To the system, which maps and clears it again when it is asked for: a training step
+    that does so with every tensor takes a tenth longer.
+
+    Args:
+        largest: bytes of a tensor that is not handed back by itself when it is freed.
+        freed: bytes that are kept, at most.
+    """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # glibc alone has it
-            mallopt = ctypes.CDLL(None).mallopt
-            # M_MMAP_THRESHOLD, bytes: a window's tensors, not a large picture's
-            mallopt(-3, 2**27)
-            mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
-
-
-def release_memory():
-    """Hand back to the system what tune_cpu has kept, before much is needed at once."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+            glibc = ctypes.CDLL(None)
+            glibc.mallopt(-3, largest)  # M_MMAP_THRESHOLD
+            glibc.mallopt(-1, freed)  # M_TRIM_THRESHOLD
+            glibc.malloc_trim(0)
 
 
 def dropped_loss(degraded, y, judged):
@@ -435,11 +436,14 @@ class Self2Self:
         Returns:
             The fused restoration and its predicted squared error, both (C, H, W).
         """
-        release_memory()
         given = ensemble, self.variance, self.y[0], self.known[0]
-        if self._has_holes():
-            return missing.fuse(*given)
-        return fusion.fuse(*given, sigma, self.forward_operator)
+        keep_memory(2**26, 2**28)  # of a large picture's tensors there are many
+        try:
+            if self._has_holes():
+                return missing.fuse(*given)
+            return fusion.fuse(*given, sigma, self.forward_operator)
+        finally:
+            tune_cpu()
 
     def _has_holes(self):
         """Tell whether entries are missing, and not because a blur left a margin."""

@@ -17,6 +17,12 @@ GROUPS = {0: (6, 45, 1, 2), 12: (6, 45, 1.5, 2), 20: (8, 80, 2, 1)}
 
 
 def filter_groups(pilot, observation, noise, times=None):
+    """Return what filter_slabs yields as whole pictures: estimate and risk, (C, H, W)."""
+    slabs = zip(*filter_slabs(pilot, observation, noise, times))
+    return [torch.cat(slab, 1) for slab in slabs]
+
+
+def filter_slabs(pilot, observation, noise, times=None):
     """Estimate a picture from groups of similar patches, given a first estimate of it.
 
     A group has k patches of n pixels: X of the pilot, (k, n), and Y of the observation,
@@ -41,8 +47,9 @@ def filter_groups(pilot, observation, noise, times=None):
             as torch.fft.rfft2 has them, (C, H, W // 2 + 1).
         times: how often all is done; None: as GROUPS has it.
 
-    Returns:
-        The second estimate and its risk, an expected squared error; both (C, H, W).
+    Yields:
+        The second estimate and its risk, an expected squared error, of some rows, both
+        (C, rows, W); from top to bottom, for memory's sake.
     """
     planes, height, width = pilot.shape
     noise = torch.as_tensor(noise).to(pilot).expand(planes, height, width // 2 + 1)
@@ -51,8 +58,9 @@ def filter_groups(pilot, observation, noise, times=None):
     covariances = [_covariance(plane, (height, width), patch) for plane in noise]
     settings = loudness(noise), covariances, patch, size, gain
     for _ in range((times or usual) - 1):
-        pilot = _filter_once(pilot, observation, *settings)[0]
-    return _filter_once(pilot, observation, *settings)
+        rounds = _filter_once(pilot, observation, *settings)
+        pilot = torch.cat([estimate for estimate, _ in rounds], 1)
+    yield from _filter_once(pilot, observation, *settings)
 
 
 def loudness(noise):
@@ -73,33 +81,46 @@ def _covariance(noise, size, patch):
 
 
 def _filter_once(pilot, observation, levels, covariances, patch, size, gain):
-    """The same, once, with given groups."""
+    """The same, once, with given settings."""
     (height, width), device = pilot.shape[1:], pilot.device
     rows, columns = (_tiles(n, patch, device) for n in (height, width))
     within = torch.arange(patch, device=device)
     within = (within[:, None] * width + within).flatten()
     guide = pilot[0].flatten() - 0.5
-    sums = [torch.zeros(len(pilot), height * width, device=device) for _ in range(3)]
-    planes = list(zip(pilot, observation, levels, covariances, *sums))
-    tiles = torch.arange(len(rows[0]) * len(columns[0]), device=device)
-    for some in tiles.split(TILES):
-        down, across = some // len(columns[0]), some % len(columns[0])
-        references, candidates = (
-            (r[down, :, None] * width + c[across, None]).flatten(1)
-            for r, c in zip(rows, columns)
-        )
-        corners = _most_similar(guide, references, candidates, within, size)
-        pixels = corners[..., None] + within  # (groups, k, n)
-        for x, y, level, covariance, *totals in planes:
-            x, y = x.flatten()[pixels], y.flatten()[pixels]
-            estimate, kept, lost = _estimate(x, y, level, covariance, gain)
-            weight, risk = 1 / kept, level * kept / 2 + lost
-            values = estimate, risk[..., None], x.new_ones(())
-            for total, value in zip(totals, values):
-                value = (value * weight[..., None]).expand_as(x)
-                total.index_add_(0, pixels.flatten(), value.flatten())
-    *totals, weights = sums
-    return [total.div_(weights).view_as(pilot) for total in totals]
+    top, sums = 0, pilot.new_zeros(3, len(pilot), 0, width)
+    for band in torch.arange(len(rows[0])).split(max(1, TILES // len(columns[0]))):
+        first, last = rows[1][band[0], 0].item(), rows[1][band[-1], -1].item() + patch
+        left = sums[:, :, first - top :]
+        if first > top:  # no later tile looks above
+            yield _means(sums[:, :, : first - top])
+        sums = F.pad(left, (0, 0, 0, last - first - left.shape[2])).contiguous()
+        top, sums_of = first, sums.flatten(2).unbind(1)
+        tiles = band[0] * len(columns[0]) + torch.arange(len(band) * len(columns[0]))
+        for some in tiles.to(device).split(TILES):
+            down, across = some // len(columns[0]), some % len(columns[0])
+            references, candidates = (
+                (r[down, :, None] * width + c[across, None]).flatten(1)
+                for r, c in zip(rows, columns)
+            )
+            corners = _most_similar(guide, references, candidates, within, size)
+            pixels = corners[..., None] + within  # (groups, k, n)
+            places = pixels.flatten() - top * width
+            for x, y, level, covariance, totals in zip(
+                pilot, observation, levels, covariances, sums_of
+            ):
+                x, y = x.flatten()[pixels], y.flatten()[pixels]
+                estimate, kept, lost = _estimate(x, y, level, covariance, gain)
+                weight, risk = 1 / kept, level * kept / 2 + lost
+                values = estimate, risk[..., None], x.new_ones(())
+                for total, value in zip(totals, values):
+                    value = (value * weight[..., None]).expand_as(x)
+                    total.index_add_(0, places, value.flatten())
+    yield _means(sums)
+
+
+def _means(sums):
+    """Return estimate and risk from their weighted sums and the weights."""
+    return sums[0] / sums[2], sums[1] / sums[2]
 
 
 def _tiles(size, patch, device):
