@@ -81,20 +81,22 @@ def _covariance(noise, size, patch):
 
 
 def _filter_once(pilot, observation, levels, covariances, patch, size, gain):
-    """The same, once, with given settings."""
+    """Yield the same, once, with given settings."""
     (height, width), device = pilot.shape[1:], pilot.device
     rows, columns = (_tiles(n, patch, device) for n in (height, width))
     within = torch.arange(patch, device=device)
     within = (within[:, None] * width + within).flatten()
     guide = pilot[0].flatten() - 0.5
+    planes = list(zip(pilot, observation, levels, covariances))
+    # from row `top` on: the weighted sums of estimates and risks, and the weights'
     top, sums = 0, pilot.new_zeros(3, len(pilot), 0, width)
     for band in torch.arange(len(rows[0])).split(max(1, TILES // len(columns[0]))):
         first, last = rows[1][band[0], 0].item(), rows[1][band[-1], -1].item() + patch
-        left = sums[:, :, first - top :]
         if first > top:  # no later tile looks above
             yield _means(sums[:, :, : first - top])
-        sums = F.pad(left, (0, 0, 0, last - first - left.shape[2])).contiguous()
-        top, sums_of = first, sums.flatten(2).unbind(1)
+        left = sums[:, :, first - top :]
+        sums = F.pad(left, (0, 0, 0, last - first - left.shape[2]))
+        top = first
         tiles = band[0] * len(columns[0]) + torch.arange(len(band) * len(columns[0]))
         for some in tiles.to(device).split(TILES):
             down, across = some // len(columns[0]), some % len(columns[0])
@@ -105,21 +107,16 @@ def _filter_once(pilot, observation, levels, covariances, patch, size, gain):
             corners = _most_similar(guide, references, candidates, within, size)
             pixels = corners[..., None] + within  # (groups, k, n)
             places = pixels.flatten() - top * width
-            for x, y, level, covariance, totals in zip(
-                pilot, observation, levels, covariances, sums_of
-            ):
+            for i, (x, y, *noise) in enumerate(planes):
                 x, y = x.flatten()[pixels], y.flatten()[pixels]
-                estimate, kept, lost = _estimate(x, y, level, covariance, gain)
-                weight, risk = 1 / kept, level * kept / 2 + lost
-                values = estimate, risk[..., None], x.new_ones(())
-                for total, value in zip(totals, values):
-                    value = (value * weight[..., None]).expand_as(x)
-                    total.index_add_(0, places, value.flatten())
+                for total, value in zip(sums[:, i], _estimate(x, y, *noise, gain)):
+                    value = value.expand_as(x).flatten()
+                    total.view(-1).index_add_(0, places, value)
     yield _means(sums)
 
 
 def _means(sums):
-    """Return estimate and risk from their weighted sums and the weights."""
+    """Return estimate and risk from their weighted sums and the weights'."""
     return sums[0] / sums[2], sums[1] / sums[2]
 
 
@@ -155,25 +152,27 @@ def _most_similar(guide, references, candidates, within, size):
 
 
 def _estimate(x, y, level, covariance, gain):
-    """Return the mean of T Y and Y W, (groups, k, n); the noise left; the pilot's loss.
+    """Return a group's estimate (groups, k, n) and risk, times their weight, and that.
 
-    The noise left in a patch, (groups, k), is in units of the level's. No estimate is
-    taken for surer than the mean of its group.
+    The weight is the inverse of the noise left in a patch, in units of the level's,
+    (groups, k, 1). No estimate is taken for surer than the mean of its group.
     """
     (k, n), mean = x.shape[1:], y.mean((1, 2), keepdim=True)
     centred, z = x - x.mean((1, 2), keepdim=True), y - mean
     half = _solve(centred, n * level / gain * torch.eye(n).to(x), centred.mT)
     ridge = centred @ (half @ z) + mean
-    kept = (centred @ (half @ half.mT) * centred).sum(2).clamp(min=1 / k)
+    left = (centred @ (half @ half.mT) * centred).sum(2).clamp(min=1 / k)
     lost = (centred - centred @ (half @ centred)).square().mean(2)
     mean = y.mean(1, keepdim=True)
     centred, z = x - x.mean(1, keepdim=True), y - mean
-    gram = centred.mT @ centred
-    weights = _solve(centred, k * covariance / gain, gram)
+    weights = _solve(centred, k * covariance / gain, centred.mT @ centred)
     wiener = z @ weights + mean
-    left = (covariance @ weights * weights).sum((1, 2)) / (n * level) + 1 / k
-    lost = lost + (centred - centred @ weights).square().mean(2)
-    return (ridge + wiener) / 2, (kept + left[:, None]) / 2, lost / 2
+    kept = (covariance @ weights * weights).sum((1, 2)) / (n * level) + 1 / k
+    left = (left + kept[:, None]) / 2
+    lost = (lost + (centred - centred @ weights).square().mean(2)) / 2
+    weight = 1 / left[..., None]
+    risk = level * left / 2 + lost
+    return weight * (ridge + wiener) / 2, weight * risk[..., None], weight
 
 
 def _solve(x, damping, right):
