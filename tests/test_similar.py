@@ -100,6 +100,20 @@ def test_pass_is_its_definition(shape, times, monkeypatch):
     torch.testing.assert_close(list(filter_groups(pilot, y, noise)), [made, risk])
 
 
+def test_settings_go_by_the_noise_of_low_frequencies(monkeypatch):
+    """A blur's inverse has loud noise where pictures have little."""
+    few, many = (5, 9, 1, 1), (6, 12, 2, 1)
+    y = random_image(1, 40, 40)
+    noise = torch.full((1, 40, 21), (100 / 255) ** 2)
+    noise[:, 0, 0] = (10 / 255) ** 2
+    monkeypatch.setattr(similar, "GROUPS", {0: few})
+    expected = filter_groups(y, y, noise)
+    monkeypatch.setattr(similar, "GROUPS", {0: few, 20: many})
+    torch.testing.assert_close(filter_groups(y, y, noise), expected)
+    monkeypatch.setattr(similar, "GROUPS", {0: many})
+    assert not torch.allclose(filter_groups(y, y, noise)[0], expected[0])
+
+
 @pytest.mark.parametrize("sigma", [0.5, 10, 25, 50])
 def test_flat_pictures_stay_flat(sigma):
     flat = torch.full((1, 40, 47), 0.3)
