@@ -83,9 +83,10 @@ def test_pass_is_its_definition(shape, times, monkeypatch):
     pilot = random_image(*shape)
     pilot[1:] = pilot[:1] * 0.7 + 0.1 * pilot[1:]
     y = pilot + 0.1 * torch.randn(shape, generator=seeded())
-    # more of high frequencies, as dividing by a blur's transfer function leaves it
-    down, across = torch.fft.fftfreq(shape[1]).abs(), torch.fft.rfftfreq(shape[2])
-    noise = (0.01 + 0.06 * down[:, None] + 0.02 * across).expand(shape[0], -1, -1)
+    # louder along one diagonal, as dividing by a blur's transfer function may leave it
+    down, across = torch.fft.fftfreq(shape[1]), torch.fft.rfftfreq(shape[2])
+    waves = torch.cos(2 * torch.pi * (down[:, None] + 2 * across))
+    noise = (0.02 - 0.01 * waves).expand(shape[0], -1, -1)
     made, risk = filter_groups(pilot, y, noise)
     # patches are compared in the first plane, so one plane is filtered as if alone
     alone, observed = (x[0].double().numpy() for x in (pilot, y))
@@ -98,6 +99,21 @@ def test_pass_is_its_definition(shape, times, monkeypatch):
         torch.testing.assert_close(made[[0, 2]], pair)
     monkeypatch.setattr(similar, "TILES", 1)
     torch.testing.assert_close(list(filter_groups(pilot, y, noise)), [made, risk])
+
+
+def test_slabs_leave_no_trace(monkeypatch):
+    """A tall picture in many slabs, and in one."""
+    clean = random_image(1, 120, 40).numpy()
+    f, y = clean * 0.9, clean + gaussian_noise(clean.shape, 25, 0)
+    known = f, np.full_like(y, 0.001), y, np.ones(1), 25, identity
+    made = {}
+    for count in (1, 10**6):
+        monkeypatch.setattr(similar, "TILES", count)
+        slabs = list(similar.filter_slabs(*map(torch.from_numpy, (f, y)), 0.01))
+        assert len(slabs) == 1 or count == 1
+        made[count] = *fusion.fuse(*known), *(torch.cat(x, 1) for x in zip(*slabs))
+    for some, whole in zip(*made.values()):
+        np.testing.assert_allclose(some, whole, atol=1e-5)
 
 
 def test_settings_go_by_the_noise_of_low_frequencies(monkeypatch):
