@@ -76,7 +76,7 @@ def _covariance(noise, size, patch):
     """Return the covariance in a patch, (n, n), of noise by frequency (H, W')."""
     shared = torch.fft.irfft2(noise, s=size)  # by the distance of two pixels
     place = torch.arange(patch**2, device=noise.device)
-    (down, across) = (x[:, None] - x for x in (place // patch, place % patch))
+    down, across = (x[:, None] - x for x in (place // patch, place % patch))
     return shared[down, across]
 
 
