@@ -1,16 +1,14 @@
 """Self2Self (Quan, Chen, Pang, Ji, CVPR 2020): learning one image from its observation."""
 
 import copy
-import ctypes
 import itertools
 import math
-import sys
 import time
-from contextlib import suppress
 
 import torch
 
 from network import fusion, missing
+from network.cpu import keep_memory, tune_cpu
 from network.masks import BernoulliMasks, flip
 from network.muon import Muon
 from network.punet import Punet
@@ -25,30 +23,6 @@ CHECK_EVERY = 100  # steps between two looks at whether the network lives
 EARLY = 1000  # steps within which a network that died is started over
 ATTEMPTS = 4  # times
 ATTEMPT_SEED = 1_000_003  # between the seeds of a network's attempts
-
-
-def tune_cpu():
-    """Keep PyTorch fast on a CPU: denormal numbers, which a network meets, are slow."""
-    torch.set_flush_denormal(True)
-    keep_memory(2**27, 2**30)  # a window's tensors, not a large picture's
-
-
-def keep_memory(largest, freed):
-    """Say what freed memory is kept for the next tensors, and hand back all other.
-
-    To the system, which maps and clears it again when it is asked for: a training step
-    that does so with every tensor takes a tenth longer.
-
-    Args:
-        largest: bytes of a tensor that is not handed back by itself when it is freed.
-        freed: bytes that are kept, at most.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # glibc alone has it
-            glibc = ctypes.CDLL(None)
-            glibc.mallopt(-3, largest)  # M_MMAP_THRESHOLD
-            glibc.mallopt(-1, freed)  # M_TRIM_THRESHOLD
-            glibc.malloc_trim(0)
 
 
 def dropped_loss(degraded, y, judged):
