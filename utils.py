@@ -535,7 +535,7 @@ OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "checkpoint*
 OWN_FILES += ["error.mat", "Self2Self-*.png", "restored.*", "comparison.png"]
 OWN_FILES += ["uncertainty.png"]
 COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr", "seconds")
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 
 
 class Result:

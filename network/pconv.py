@@ -65,9 +65,7 @@ class PConv2d(nn.Conv2d):
         ratio = self.numerator / (kept + 1e-8) * updated
         mask, ratio, weight = (t.to(x.dtype) for t in (mask, ratio, self.weight))
         x = x * mask
-        if self.in_channels == 1:  # of which PyTorch makes no channels_last maps
-            x, weight = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (x, weight))
-            weight = weight.contiguous(memory_format=torch.channels_last)
+        x, weight = two_channels(x, weight)
         output = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
         if self.bias is None:
             output = output * ratio
@@ -75,3 +73,14 @@ class PConv2d(nn.Conv2d):
             bias = self.bias.to(x.dtype).view(-1, 1, 1)
             output = torch.addcmul(bias, output, ratio)
         return output, updated.expand_as(output)
+
+
+def two_channels(x, weight):
+    """Give a map (N, 1, H, W) and its weight (K, 1, ...) a second, empty channel.
+
+    Of one channel PyTorch makes no channels_last maps. Others come back as they are.
+    """
+    if x.shape[1] > 1:
+        return x, weight
+    x, weight = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (x, weight))
+    return x, weight.contiguous(memory_format=torch.channels_last)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from network.pconv import PConv2d
+from network.pconv import PConv2d, two_channels
 
 try:
     from network import triton_punet
@@ -24,11 +24,14 @@ class Punet(nn.Module):
         channels: C, the image's channels.
         drop_rate: p of the decoder's dropout, in [0, 1).
         ratio: the partial convolutions' numerator, "window" or "entries".
+        drop_upsampled: whether dropout takes entries of the upsampled maps, too, as the
+            paper's network does. Without it they are convolved before they are
+            upsampled, which takes 4 multiplications in place of 9.
     """
 
-    def __init__(self, channels, drop_rate, ratio="window"):
+    def __init__(self, channels, drop_rate, ratio="window", drop_upsampled=True):
         super().__init__()
-        self.drop_rate = drop_rate
+        self.drop_rate, self.drop_upsampled = drop_rate, drop_upsampled
         self.encoder = nn.ModuleList(
             PConv2d(c, 48, 3, ratio=ratio) for c in (channels, *[48] * 6)
         )  # enc0 .. enc6
@@ -73,23 +76,55 @@ class Punet(nn.Module):
                 x, mask = (F.max_pool2d(t, 2, ceil_mode=True) for t in (x, mask))
                 if i <= 4:
                     skips.append(x)
-        for stage in self.decoder:
-            skip = skips.pop()
-            for conv in stage:
-                if conv is not self.decoder[0][0]:
-                    x = F.leaky_relu_(x, 0.1)
-                x, skip = self._dropout_conv(conv, x, skip, draw or self._draw), None
+        draw = draw or self._draw
+        for i, (first, *others) in enumerate(self.decoder):
+            x = self._join(first, F.leaky_relu_(x, 0.1) if i else x, skips.pop(), draw)
+            for conv in others:
+                x = F.leaky_relu_(x, 0.1)
+                keep, weight = self._dropout(conv, 0, x, draw)
+                padded = EdgePad.apply(keep, x, None)
+                x = F.conv2d(padded, weight.to(x.dtype), conv.bias.to(x.dtype))
         return torch.sigmoid(x.to(self.decoder[-1][-1].bias.dtype))
 
-    def _dropout_conv(self, conv, x, skip, draw):
-        """Join the skip, drop out, pad, convolve; the weights carry dropout's scale."""
-        keep, size = None, (x if skip is None else skip).shape[2:]
-        if self.drop_rate:
-            shape = len(x), conv.in_channels, *size
-            keep = draw(shape, self.drop_rate)
-            keep = keep.to(x.dtype) if keep.is_floating_point() else keep
-        weight = (conv.weight / (1 - self.drop_rate)).to(x.dtype)
-        return F.conv2d(EdgePad.apply(keep, x, skip), weight, conv.bias.to(x.dtype))
+    def _join(self, conv, x, skip, draw):
+        """Upsample x (N, C, h, w), join the skip (N, C', H, W), drop out and convolve.
+
+        Each of the two is convolved by itself, and the sum is taken. An x that is not
+        dropped is convolved before it is upsampled.
+        """
+        c, size = x.shape[1], skip.shape[2:]
+        keep, weight = self._dropout(conv, 0 if self.drop_upsampled else c, skip, draw)
+        of_x, of_skip = weight[:, :c], weight[:, c:]
+        keep_x = keep_skip = keep
+        if keep is not None:
+            keep_skip = keep[:, -skip.shape[1] :]
+            keep_x = keep[:, :c] if self.drop_upsampled else None
+        if keep_x is None:
+            of_x = phases(of_x)
+        of_x, of_skip, bias = (t.to(x.dtype) for t in (of_x, of_skip, conv.bias))
+        skip = EdgePad.apply(keep_skip, skip, None)
+        joined = F.conv2d(*two_channels(skip, of_skip), bias)
+        if keep_x is None:
+            convolved = F.conv2d(EdgePad.apply(None, x, None), of_x)
+            return AddUpsampled.apply(joined, convolved)
+        return joined.add_(F.conv2d(EdgePad.apply(keep_x, x, size), of_x))
+
+    def _dropout(self, conv, first, x, draw):
+        """Draw which entries of a convolution's input are kept, of `first` channels all.
+
+        Returns a mask of the other channels, (N, C - first, H, W) with N, H and W of x,
+        None where all is kept; and the weight, which carries the dropout's scale.
+        """
+        if not self.drop_rate:
+            return None, conv.weight
+        n, _, height, width = x.shape
+        shape = n, conv.in_channels - first, height, width
+        keep = draw(shape, self.drop_rate)
+        keep = keep.to(x.dtype) if keep.is_floating_point() else keep
+        weight = conv.weight / (1 - self.drop_rate)
+        if first:
+            weight = torch.cat((conv.weight[:, :first], weight[:, first:]), 1)
+        return keep, weight
 
     def _draw(self, shape, drop_rate):
         return (
@@ -98,33 +133,31 @@ class Punet(nn.Module):
 
 
 class EdgePad(torch.autograd.Function):
-    """Join a skip, drop entries and pad by one pixel with edge values, in channels_last.
+    """Upsample, drop entries and pad by one pixel with edge values, in channels_last.
 
-    Equals F.pad(joined * keep, (1, 1, 1, 1), mode="replicate"), in one pass over memory,
-    where joined is x itself or, with a skip, torch.cat((up(x), skip), 1); up() is
-    nearest x2, cropped to the skip's size. That padding's backward is slow, and not
-    deterministic on CUDA.
+    Equals F.pad(up(x) * keep, (1, 1, 1, 1), mode="replicate"), in one pass over memory.
+    With a size (H, W), up() is nearest x2, cropped to it; else x itself. That padding's
+    backward is slow, and not deterministic on CUDA.
     """
 
     @staticmethod
-    def forward(ctx, keep, x, skip):
-        """Pad x (N, C, h, w), joined with skip (N, C', H, W) or None.
+    def forward(ctx, keep, x, size):
+        """Pad x (N, C, h, w).
 
-        `keep` is (N, C + C', H, W), 1 = kept, or None, which keeps everything.
+        `keep` is (N, C, H, W), 1 = kept, or None, which keeps everything.
         """
         ctx.save_for_backward(keep)
-        ctx.channels, ctx.step = x.shape[1], 1 if skip is None else 2
-        height, width = (x if skip is None else skip).shape[2:]
-        channels = ctx.channels + (0 if skip is None else skip.shape[1])
+        ctx.step = 1 if size is None else 2
+        height, width = size or x.shape[2:]
         padded = torch.empty(
-            (len(x), channels, height + 2, width + 2),
+            (*x.shape[:2], height + 2, width + 2),
             dtype=x.dtype,
             device=x.device,
             memory_format=torch.channels_last,
         )
-        for source, part, kept in EdgePad.parts(ctx, keep, padded[..., 1:-1, 1:-1]):
+        for part, kept in EdgePad.copies(ctx.step, padded[..., 1:-1, 1:-1], keep):
             h, w = part.shape[2:]
-            torch.mul(x[..., :h, :w] if source == "x" else skip, kept, out=part)
+            torch.mul(x[..., :h, :w], kept, out=part)
         padded[..., 0, :] = padded[..., 1, :]
         padded[..., -1, :] = padded[..., -2, :]
         padded[..., 0] = padded[..., 1]
@@ -132,17 +165,11 @@ class EdgePad(torch.autograd.Function):
         return padded
 
     @staticmethod
-    def parts(ctx, keep, inner):
-        """Yield each part of a joined map, whence it comes, and its part of `keep`.
-
-        x, where it is upsampled, goes to four parts: every other row and column each.
-        """
-        c, step = ctx.channels, ctx.step
+    def copies(step, inner, keep):
+        """Yield the parts of a map that are copies of x, and of `keep`: each step-th pixel."""
         for i, j in itertools.product(range(step), repeat=2):
-            part = (slice(None), slice(c), slice(i, None, step), slice(j, None, step))
-            yield "x", inner[part], 1 if keep is None else keep[part]
-        if step == 2:
-            yield "skip", inner[:, c:], 1 if keep is None else keep[:, c:]
+            part = ..., slice(i, None, step), slice(j, None, step)
+            yield inner[part], 1 if keep is None else keep[part]
 
     @staticmethod
     def backward(ctx, grad):
@@ -153,13 +180,65 @@ class EdgePad(torch.autograd.Function):
         grad[..., -2] += grad[..., -1]
         grad[..., 1, :] += grad[..., 0, :]
         grad[..., -2, :] += grad[..., -1, :]
-        grad_x = grad_skip = None
-        for source, part, kept in EdgePad.parts(ctx, keep, grad[..., 1:-1, 1:-1]):
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            for part, kept in EdgePad.copies(ctx.step, grad[..., 1:-1, 1:-1], keep):
+                if grad_x is None:  # the first copy of every pixel: none is cropped
+                    grad_x = part * kept
+                else:
+                    h, w = part.shape[2:]
+                    grad_x[..., :h, :w] += part * kept
+        return None, grad_x, None
+
+
+# Of a map that is upsampled by copying, a window of 3 rows covers 2: which of them holds
+# each of the 3, for the even and for the odd rows of the upsampled map.
+TAPS = ((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1))
+
+
+def phases(weight):
+    """Return what convolves a map before its nearest x2 upsampling as `weight` would after.
+
+    Args:
+        weight: (K, C, 3, 3), of the map upsampled, then padded with its edges.
+
+    Returns:
+        (4 K, C, 2, 2), of the map itself, padded with its edges. Output k at even or odd
+        rows i and columns j, 0 or 1, is channel (2 i + j) K + k, a pixel further on
+        where i or j is 1. It takes 4 multiplications where `weight` takes 9.
+    """
+    taps = torch.tensor(TAPS, dtype=weight.dtype, device=weight.device)
+    made = torch.einsum("aip,bjq,kcpq->abkcij", taps, taps, weight)
+    return made.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+
+
+class AddUpsampled(torch.autograd.Function):
+    """Add what `phases` convolved to a map, (N, K, H, W), in place."""
+
+    @staticmethod
+    def forward(ctx, x, convolved):
+        """convolved (N, 4 K, h + 1, w + 1); H and W are 2 h or 2 h - 1, and so on."""
+        ctx.shape = convolved.shape
+        ctx.mark_dirty(x)
+        for part, source in AddUpsampled.parts(x, convolved):
+            part += source
+        return x
+
+    @staticmethod
+    def parts(x, convolved):
+        """Yield every other row and column of x, and where it lies in `convolved`."""
+        k = x.shape[1]
+        for i, j in itertools.product(range(2), repeat=2):
+            part, first = x[..., i::2, j::2], (2 * i + j) * k
             h, w = part.shape[2:]
-            if source == "x" and grad_x is None:
-                grad_x = part * kept
-            elif source == "x":
-                grad_x[..., :h, :w] += part * kept
-            elif ctx.needs_input_grad[2]:
-                grad_skip = part * kept
-        return None, grad_x, grad_skip
+            yield part, convolved[:, first : first + k, i : i + h, j : j + w]
+
+    @staticmethod
+    def backward(ctx, grad):
+        """grad (N, K, H, W)."""
+        convolved = torch.zeros(
+            ctx.shape, dtype=grad.dtype, device=grad.device
+        ).contiguous(memory_format=torch.channels_last)
+        for part, source in AddUpsampled.parts(grad, convolved):
+            source.copy_(part)
+        return grad, convolved

@@ -42,6 +42,7 @@ class Self2Self:
     Args:
         drop_rate: p of the Bernoulli mask and of the decoder's dropout, in [0, 1); 0:
             no sampling, every entry is judged.
+        drop_upsampled: whether dropout takes entries of upsampled maps, too: see Punet.
         iteration: training steps, which the schedule goes by.
         optimizer: "adam", "adamw", or "muon": Muon for the wide convolutions' weights,
             Adam for the rest.
@@ -72,6 +73,7 @@ class Self2Self:
         self,
         *,
         drop_rate,
+        drop_upsampled,
         iteration,
         optimizer,
         lr,
@@ -90,7 +92,8 @@ class Self2Self:
         self.drop_rate, self.bs, self.seed = drop_rate, bs, seed
         self.optimizer_name, self.beta2 = optimizer, beta2
         self.initial_lr, self.schedule, self.iteration = lr, schedule, iteration
-        self.ratio, self.initial_start = ratio, start
+        self.ratio, self.drop_upsampled = ratio, drop_upsampled
+        self.initial_start = start
         self.averaging_power, self.window_side = averaging_power, window
         self.photons, self.device = photons, torch.device(device)
         self.dtype = getattr(torch, precision)
@@ -136,7 +139,7 @@ class Self2Self:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed + ATTEMPT_SEED * self.attempt)
             # the same weights on every device
-            network = Punet(y.shape[1], self.drop_rate, self.ratio)
+            network = Punet(y.shape[1], self.drop_rate, self.ratio, self.drop_upsampled)
         if self.initial_weights and not self.attempt:
             with torch.no_grad():
                 for weight, given in zip(network.parameters(), self.initial_weights):

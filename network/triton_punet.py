@@ -369,13 +369,16 @@ def forward(network, x, mask, draw):
         skip = skips.pop()
         size = skip.shape[2:]
         for conv in stage:
+            keep, weight = mask.new_ones(n, 1, *size), conv.weight
             if rate:
-                keep = draw((n, conv.in_channels, *size), rate).bool()
+                first = 0 if skip is None or network.drop_upsampled else x.shape[1]
+                keep = draw((n, conv.in_channels - first, *size), rate).bool()
+                if first:  # the upsampled map is kept whole
+                    keep = F.pad(keep, (0, 0, 0, 0, first, 0), value=True)
+                    whole, rest = weight[:, :first], weight[:, first:]
+                    weight = torch.cat((whole * (1 - rate), rest), 1)
                 keep = keep.contiguous(memory_format=torch.channels_last)
-            else:
-                keep = mask.new_ones(n, 1, *size)
-            scale = 1 / (1 - rate)
-            x = Layer.apply(x, bias, ratio, skip, keep, scale, conv.weight)
+            x = Layer.apply(x, bias, ratio, skip, keep, 1 / (1 - rate), weight)
             bias, ratio, skip = conv.bias, ones, None
     return torch.sigmoid(x + bias.view(-1, 1, 1))
 

@@ -19,11 +19,11 @@ from tensors import random_image, seeded, sparse_mask
 from network import triton_punet
 from network.punet import Punet
 
-# channels, drop rate, ratio, height and width, then of the kernels: pixels from which maps
-# are widened, block of pixels and of channels (large ones are interpreted sooner)
+# The network, height and width, then of the kernels: pixels from which maps are widened,
+# block of pixels and of channels (large ones are interpreted sooner)
 CASES = [
-    (1, 0.3, "entries", 33, 34, 2**14, 64, 64),
-    (3, 0.0, "window", 33, 32, 0, 16, 128),
+    ((1, 0.3, "entries", False), 33, 34, 2**14, 64, 64),
+    ((3, 0.3, "window", True), 33, 32, 0, 16, 128),
 ]
 
 
@@ -44,12 +44,13 @@ def errors(made, expected):
     return each[0], max(each[1:])
 
 
-def measure(channels, drop_rate, ratio, height, width, *kernels):
+def measure(settings, height, width, *kernels):
     """Return one case's errors, Triton's and PyTorch's."""
     triton_punet.LARGE, triton_punet.BLOCK_W, triton_punet.BLOCK_C = kernels
     torch.manual_seed(0)
-    network = Punet(channels, drop_rate, ratio)
+    network = Punet(*settings)
     network.to(memory_format=torch.channels_last)
+    channels = settings[0]
     mask = sparse_mask(1, channels, height, width).float()
     x = random_image(1, channels, height, width) * mask
     target, masks, generator = random_image(*x.shape, seed=1), [], seeded(7)

@@ -46,7 +46,10 @@ def plain_punet(parameters, x, mask, dropout_masks, drop_rate):
 
     def decode(x):
         if drop_rate:
-            x = x * next(dropout_masks) / (1 - drop_rate)
+            keep = next(dropout_masks)
+            kept = x.shape[1] - keep.shape[1]  # channels that nothing is dropped of
+            dropped = x[:, kept:] * keep / (1 - drop_rate)
+            x = torch.cat((x[:, :kept], dropped), 1)
         return F.conv2d(pad(x), next(parameters), next(parameters))
 
     skips = [x]
@@ -69,18 +72,24 @@ def plain_punet(parameters, x, mask, dropout_masks, drop_rate):
 
 
 @pytest.mark.parametrize("make_mask", [sparse_mask, block_mask])
-@pytest.mark.parametrize("drop_rate", [0, 0.3])
+@pytest.mark.parametrize(
+    "drop_rate, drop_upsampled", [(0, True), (0.3, True), (0.3, False)]
+)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(32, 32), (45, 33), (79, 32)])
-def test_punet_is_its_plain_self(size, channels, drop_rate, make_mask):
+def test_punet_is_its_plain_self(size, channels, drop_rate, drop_upsampled, make_mask):
     shape = (2, channels, *size)
     mask = make_mask(*shape)
     x = (random_image(*shape).double() * mask).requires_grad_()
     torch.manual_seed(0)
-    network = Punet(channels, drop_rate).double()
+    network = Punet(channels, drop_rate, drop_upsampled=drop_upsampled).double()
     parameters = list(network.parameters())
     draw = Recorder()
     prediction = network(x, mask, draw)
+    drawn = [96, 96, 144, 96, 144, 96, 144, 96, 96 + channels, 64, 32]
+    if not drop_upsampled:
+        drawn[0:9:2] = [48, 48, 48, 48, channels]
+    assert [m.shape[1] for m in draw.masks] == (drawn if drop_rate else [])
     plain = plain_punet(parameters, x, mask, draw.masks, drop_rate)
     target = random_image(*shape, seed=1)
     results = [
@@ -107,14 +116,15 @@ def test_punet_is_the_same_on_cuda():
 
 
 @needs_cuda
-@pytest.mark.parametrize("ratio", ["window", "entries"])
-@pytest.mark.parametrize("drop_rate", [0, 0.3])
+@pytest.mark.parametrize(
+    "settings", [(0, "window"), (0.3, "window"), (0.3, "entries", False)]
+)
 @pytest.mark.parametrize("shape", [(1, 1, 64, 64), (2, 3, 45, 33), (1, 1, 79, 32)])
-def test_triton_kernels_compute_the_same(shape, drop_rate, ratio, monkeypatch):
+def test_triton_kernels_compute_the_same(shape, settings, monkeypatch):
     mask = sparse_mask(*shape).float().cuda()
     x = random_image(*shape).cuda() * mask
     torch.manual_seed(0)
-    network = Punet(shape[1], drop_rate, ratio).cuda()
+    network = Punet(shape[1], *settings).cuda()
     network.to(memory_format=torch.channels_last)
     assert punet.triton_punet is not None
     assert punet.triton_punet.usable(x)
@@ -155,36 +165,32 @@ def test_dropout_keeps_its_rate():
 
 
 @pytest.mark.parametrize("keep", [None, "float", "bool"])
-@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("upsampled", [True, False])
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 3), (6, 5)])
-def test_edge_pad_is_replicate_padding(size, joined, keep):
+def test_edge_pad_is_replicate_padding(size, upsampled, keep):
     height, width = size
-    half = -(-height // 2), -(-width // 2)
-    x = random_image(2, 2, *(half if joined else size)).requires_grad_()
-    skip = random_image(2, 3, *size, seed=1).requires_grad_() if joined else None
-    plain = x
-    if joined:
-        up = F.interpolate(x, scale_factor=2, mode="nearest")[..., :height, :width]
-        plain = torch.cat((up, skip), 1)
+    x = random_image(2, 3, *(-(-n // 2) for n in size) if upsampled else size)
+    plain = x.requires_grad_()
+    if upsampled:
+        plain = F.interpolate(x, scale_factor=2, mode="nearest")[..., :height, :width]
     if keep:
         drawn = torch.rand(plain.shape, generator=seeded(1)) < 0.7
         keep = drawn if keep == "bool" else drawn.float()
     expected = F.pad(plain * (1 if keep is None else keep), (1,) * 4, mode="replicate")
-    padded = EdgePad.apply(keep, x, skip)
+    padded = EdgePad.apply(keep, x, size if upsampled else None)
     assert torch.equal(padded, expected)
     assert padded.is_contiguous(memory_format=torch.channels_last)
     weight = random_image(*expected.shape, seed=2)
-    sources = [x, skip] if joined else [x]
-    grads, expected_grads = (
-        torch.autograd.grad((out * weight).sum(), sources) for out in (padded, expected)
+    grad, expected_grad = (
+        torch.autograd.grad((out * weight).sum(), x)[0] for out in (padded, expected)
     )
-    torch.testing.assert_close(grads, expected_grads)
+    torch.testing.assert_close(grad, expected_grad)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_bfloat16_is_float32_but_for_rounding(channels):
     torch.manual_seed(0)
-    network = Punet(channels, 0.3, "entries")
+    network = Punet(channels, 0.3, "entries", drop_upsampled=False)
     shape = (1, channels, 45, 33)
     mask = block_mask(*shape).float()
     x, target = random_image(*shape) * mask, random_image(*shape, seed=1)
