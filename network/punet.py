@@ -236,9 +236,12 @@ class AddUpsampled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         """grad (N, K, H, W)."""
-        convolved = torch.zeros(
-            ctx.shape, dtype=grad.dtype, device=grad.device
-        ).contiguous(memory_format=torch.channels_last)
+        convolved = torch.empty(
+            ctx.shape,
+            dtype=grad.dtype,
+            device=grad.device,
+            memory_format=torch.channels_last,
+        ).zero_()  # at an edge each part has a row and a column more than it gave
         for part, source in AddUpsampled.parts(grad, convolved):
             source.copy_(part)
         return grad, convolved
