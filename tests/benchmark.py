@@ -84,10 +84,10 @@ class PlainPunet(nn.Module):
 class Plain:
     """A learner with the plain network, unfused Adam and the loss read at every step.
 
-    With the recipe fast it has Muon, too, for the same weights as ours.
+    With the recipe fast it has Muon, too, for the same weights as ours. It is float32.
     """
 
-    def __init__(self, recipe, device, channels, size):
+    def __init__(self, recipe, precision, device, channels, size):
         self.y = torch.rand(1, channels, size, size, device=device)
         self.network = PlainPunet(channels).to(device)
         weights, wide = list(self.network.parameters()), []
@@ -123,9 +123,10 @@ def identity(x):
     return x
 
 
-def our_learner(recipe, device, channels, size):
+def our_learner(recipe, precision, device, channels, size):
     """The learner as the scripts use it."""
     flags = ["--recipe", recipe, "--device", str(device)]
+    flags += ["--precision", precision] if precision else []
     defaults, decide = denoise.DEFAULTS, denoise.decide
     args = utils.parse_arguments(__doc__, defaults, decide, flags)
     learner = Self2Self(**recipes.learner_settings(args))
@@ -133,7 +134,7 @@ def our_learner(recipe, device, channels, size):
     return learner
 
 
-def work(kind, recipe, device, channels, size):
+def work(kind, recipe, precision, device, channels, size):
     """Answer each line of standard input ("step 3", "predict 4", "peak") with a number."""
     device = torch.device(device)
     make = Plain if kind == "plain" else our_learner
@@ -147,7 +148,7 @@ def work(kind, recipe, device, channels, size):
 
     def start():
         nonlocal learner
-        learner = make(recipe, device, channels, size)
+        learner = make(recipe, precision, device, channels, size)
         learner.train_step()
 
     def steps(count):
@@ -228,11 +229,11 @@ def convolution_flops(device):
     return operations / best
 
 
-def compare(recipe, device, channels, size, rounds):
+def compare(recipe, precision, device, channels, size, rounds):
     """Time both learners in turns; return the table's cells."""
     count = 50 if device.type == "cuda" else 5  # in a row, as training does
     predictions = 100 if device.type == "cuda" else 2
-    settings = recipe, device, channels, size
+    settings = recipe, precision, device, channels, size
     workers = [Worker(kind, *settings) for kind in ("plain", "ours")]
     for worker in workers:
         worker.ask("step", 2 * count)
@@ -268,11 +269,12 @@ def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", choices=recipes.RECIPES, default="fast")
+    parser.add_argument("--precision", default="", help="ours; default: the recipe's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256])
     parser.add_argument("--channels", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         *settings, channels, size = args.work
@@ -289,7 +291,9 @@ def main():
     for row, (size, channels) in enumerate(
         (size, channels) for size in args.sizes for channels in args.channels
     ):
-        cells = compare(args.recipe, device, channels, size, args.rounds)
+        cells = compare(
+            args.recipe, args.precision, device, channels, size, args.rounds
+        )
         if row == 0:
             print("| " + " | ".join(cells) + " |")
             print("|---" * len(cells) + "|")
