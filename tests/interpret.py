@@ -23,7 +23,7 @@ from network.punet import Punet
 # block of pixels and of channels (large ones are interpreted sooner)
 CASES = [
     ((1, 0.3, "entries", False), 33, 34, 2**14, 64, 64),
-    ((3, 0.3, "window", True), 33, 32, 0, 16, 128),
+    ((3, 0.3, "window", True), 33, 32, 0, 32, 128),
 ]
 
 
