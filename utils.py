@@ -40,6 +40,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SMALLEST_SIDE = 32  # pixels: five poolings
 SAVE_EVERY = 300  # seconds between two checkpoints, at most
 PANEL = 1024  # pixels a side in comparison.png, at most
+BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes with an image alone
 SLAB = 512  # rows scored at a time
 SSIM_REACH = 5  # pixels: its window's, of sigma 1.5
 
@@ -1200,13 +1201,16 @@ def comparison(panels):
     every = math.ceil(max(height, width) / PANEL)
     size = len(panels) * 4, 4 * height / width + 0.4
     dpi = max(320, width // every) / 4
-    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
-    for axes, (label, image, scores) in zip(figure.subplots(1, len(panels)), panels):
+    figure = Figure(figsize=size, dpi=dpi)
+    edges = {"left": 0, "right": 1, "bottom": 0, "top": 1 - 0.4 / size[1]}
+    row = figure.subplots(
+        1, len(panels), gridspec_kw=edges | {"wspace": 0.02}, subplot_kw=BARE
+    )
+    for axes, (label, image, scores) in zip(row, panels):
         pixels = quantise(image[:, ::every, ::every], np.uint8).transpose(1, 2, 0)
         axes.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
         psnr = scores and scores[0] is not None and f" {scores[0]:.2f} dB"
         axes.set_title(label + (psnr or ""))
-        axes.set_axis_off()
     return drawn(figure)
 
 
@@ -1214,20 +1218,22 @@ def uncertainty(deviation):
     """Draw the predictions' standard deviation (H, W), 0-255 scale, as a PNG's bytes."""
     height, width = deviation.shape
     every = math.ceil(max(height, width) / PANEL)
-    figure = Figure(
-        figsize=(6, 5 * height / width + 0.4), dpi=160, layout="constrained"
+    figure = Figure(figsize=(6, max(5 * height / width, 4)), dpi=160)
+    edges = {"left": 0.02, "right": 0.88, "bottom": 0.03, "top": 0.97}
+    axes, scale = figure.subplots(
+        1, 2, width_ratios=(30, 1), gridspec_kw=edges | {"wspace": 0.05}
     )
-    axes = figure.subplots()
+    axes.set(**BARE)
     shown = axes.imshow(deviation[::every, ::every], cmap="magma", vmin=0)
-    axes.set_axis_off()
-    figure.colorbar(shown, label="standard deviation of the predictions, 0-255 scale")
+    label = "standard deviation of the predictions, 0-255 scale"
+    figure.colorbar(shown, scale, label=label)
     return drawn(figure)
 
 
 def plot(results):
     """Draw loss and PSNR over the steps, a line per image; return the PNG's bytes."""
-    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure = Figure(figsize=(9, 4), dpi=120)
+    axes = figure.subplots(1, 2, gridspec_kw={"left": 0.09, "right": 0.98})
     for column, title in enumerate(("loss", "PSNR (dB)"), 1):
         for result in results:
             points = [(row[0], row[column]) for row in result.rows]

@@ -12,6 +12,7 @@ torch.set_num_threads(1)  # tiny tensors, and perhaps a busy machine
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Run every test in an empty folder."""
+    """Run every test in an empty folder, whose files need not outlive a power cut."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.fsync", lambda _: None)
     return tmp_path
