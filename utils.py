@@ -83,12 +83,13 @@ def name(value):
 def choose_device(value):
     """Turn auto, cpu, cuda, cuda:N or mps into a torch.device that is there.
 
-    Of several processes on a machine (LOCAL_RANK) each takes a GPU of its own.
+    Of several processes on a machine (LOCAL_RANK, else RANK) each takes a GPU of its own.
     """
     if value == "auto":
         value = "cuda" if torch.cuda.is_available() else "cpu"
-    if value == "cuda" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        value = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", ""))
+    if value == "cuda" and torch.cuda.is_available() and rank.isdecimal():
+        value = f"cuda:{int(rank) % torch.cuda.device_count()}"
     try:
         device = torch.device(value)
         torch.empty(0, device=device)
@@ -122,7 +123,7 @@ OPTIONS = {
     "kernel": (name, "file of any other PSF: .mat, .npy or an image"),
     "boundary": (
         ("wrap", "valid"),
-        "wrap: a circular blur; valid: a camera's; None: valid with --observed",
+        "wrap: circular; valid: a camera's; None: valid with --observed, else wrap",
     ),
     "recipe": (tuple(RECIPES), "fast: 500 steps; paper: as published, 150,000"),
     "drop_rate": (rate, "p of the Bernoulli mask and of the decoder's dropout"),
@@ -132,11 +133,14 @@ OPTIONS = {
     "bs": (count, "Bernoulli samples of the observation per step"),
     "real_noise": (
         bool,
-        "steps see the image as drawn anew; None: denoising --observed",
+        "steps see the image drawn anew; None: where fast denoises an --observed one",
     ),
     "seed": (seed, "of noise, weights, masks and dropout"),
     "device": (choose_device, "auto, cpu, cuda, cuda:N or mps"),
-    "init": (name, "checkpoint.pt to begin with the weights of; previous: image's"),
+    "init": (
+        name,
+        "checkpoint.pt whose weights to begin with; previous: the image's before",
+    ),
     "resume": (bool, "go on from the checkpoint of an interrupted run"),
     "test_frequency": (count, "steps between ensemble predictions"),
     "num_prediction": (count, "predictions averaged"),
@@ -170,6 +174,8 @@ def parse_arguments(description, defaults, decide, argv=None):
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.error = lambda told: parser.exit(2, f"{parser.prog}: error: {told}\n")
+    # Rather another letter than an end, where a terminal cannot show a file's name.
+    sys.stdout.reconfigure(errors="backslashreplace")
     words = []  # the script's values, as flags: they are checked alike
     for key, default in defaults.items():
         kind, told = OPTIONS[key]
@@ -185,6 +191,8 @@ def parse_arguments(description, defaults, decide, argv=None):
     args = parser.parse_args(words + (sys.argv[1:] if argv is None else argv))
     if args.recipe == "fast" and (args.lr or args.iteration):
         print("The recipe is fast, but for your flags; --recipe paper is as published.")
+    if args.observed and args.sigma not in (0, defaults["sigma"]):
+        print("--observed: nothing is added, --sigma or not; for fusing: --noise_sigma")
     asked = args.fuse
     args.precision = None if args.precision == "auto" else args.precision
     if args.precision == "bfloat16" and args.device.type != "cpu":
@@ -211,12 +219,12 @@ def refuse_contradictions(parser, args, asked):
     degraded = args.sigma or "kernel" in args
     if (args.mask or args.missing) and args.fuse == "on" and degraded:
         parser.error("--fuse on: with missing pixels, no noise (--sigma 0) and no blur")
-    if Path(args.model_type).name != args.model_type:
+    if Path(args.model_type).name != args.model_type or args.model_type == "..":
         parser.error(f"--model_type {args.model_type!r}: no name of a folder")
     if args.reference and not args.observed:
         parser.error("--reference goes with --observed")
-    if args.noise_sigma and not (args.observed and args.fuse == "on"):
-        parser.error("--noise_sigma goes with --observed and --fuse on")
+    if args.noise_sigma and not (args.observed and args.sigma and args.fuse == "on"):
+        parser.error("--noise_sigma goes with --observed and --fuse on, not --sigma 0")
 
 
 # --- pictures in and out -------------------------------------------------------------
@@ -353,7 +361,7 @@ def pages(path):
 
 def decode(path):
     """Read a PNG, JPEG or TIFF file's pixels as OpenCV has them: (H, W) or BGR(A)."""
-    path, count, pixels = Path(path), 1, None
+    path, page, count, pixels = Path(path), 0, 1, None
     if not is_utf8(path):
         raise InputError(f"{path}: a file name that is not UTF-8; rename it")
     stack = stack_of(path)
@@ -379,7 +387,18 @@ def decode(path):
         raise InputError(f"{path} is damaged, or not a PNG, JPEG or TIFF image")
     if count > 1:
         raise InputError(f"{path}: {count} pages; save the one to use by itself")
+    if loses_alpha(stack or path, page, pixels):
+        raise InputError(f"{path}: an alpha channel that is lost here; save it as PNG")
     return pixels
+
+
+def loses_alpha(path, page, pixels):
+    """Tell whether OpenCV has left out a TIFF's alpha, or darkened the colours by it."""
+    extra = ()
+    with silent_decoder(), suppress(Exception), tifffile.TiffFile(path) as tiff:
+        extra = tiff.pages[page].extrasamples
+    darkened = pixels.dtype == np.uint8 and tifffile.EXTRASAMPLE.UNASSALPHA in extra
+    return darkened or (pixels.ndim == 2 and bool(extra))
 
 
 def read_picture(path, crop=0):
@@ -610,13 +629,20 @@ class Result:
             known = (draws >= self.args.missing).astype(np.float32)
         if self.args.mask:
             mask = read_picture(self.args.mask, self.args.crop)
+            if mask.suffix in (".jpg", ".jpeg"):
+                raise InputError(
+                    f"{self.args.mask}: a JPEG's zeros are not exact; save it as PNG"
+                )
+            present = mask.image != 0
+            if (present == present[:1]).all():
+                present = present[:1]
             sizes = {x.whole.split()[0] for x in (picture, mask)}
-            if len(sizes) > 1 or len(mask.image) not in {1, len(picture.image)}:
+            if len(sizes) > 1 or len(present) not in {1, len(picture.image)}:
                 raise InputError(
                     f"{self.args.mask}: {mask.whole}, but {self.path} is "
                     f"{picture.whole}"
                 )
-            known = (mask.image != 0).astype(np.float32)
+            known = present.astype(np.float32)
         return known
 
     def begin(self, learner, observation, kernel=None, **simulated):
@@ -650,7 +676,7 @@ class Result:
         others = {"initial weights": weights, "device": self.args.device.type}
         self.made_from = self.settings | sums | others
         if not (self.args.resume and self._load_checkpoint(learner)):
-            make_room(self.folder, self.made_from)
+            make_room(self.folder, self.made_from, self.args.iteration)
         self._write_record()
         self.begun = self.changed = True
         self.picture.save(self.folder / "noisy.png", observation)
@@ -836,14 +862,22 @@ def read_checkpoint(path):
     )
 
 
-def make_room(folder, made_from):
-    """Remove a folder's results of the same pixels and settings, set others aside."""
-    with suppress(OSError, ValueError, AttributeError):  # none, or not ours
+def make_room(folder, made_from, steps=0):
+    """Remove a folder's results of the same pixels and settings, set others aside.
+
+    Others are those of more steps, too.
+    """
+    if not folder.exists():
+        return
+    same = False
+    with suppress(OSError, ValueError, TypeError, KeyError):  # none, or not ours
         earlier = json.loads((folder / "record.json").read_text())
-        if earlier.get("made_from") == made_from:
-            tqdm.write(f"{folder}: replacing the earlier results")
-        else:
-            set_aside(folder)
+        same = earlier["made_from"] == made_from
+        same = same and earlier.get("iteration", 0) <= steps
+    if not same:
+        set_aside(folder)
+        return
+    tqdm.write(f"{folder}: replacing the earlier results")
     for file in itertools.chain.from_iterable(map(folder.glob, OWN_FILES)):
         file.unlink()
 
@@ -934,7 +968,9 @@ class Run:
         if not 0 <= self.rank < self.world:
             raise InputError(f"RANK and WORLD_SIZE: {texts}; 0, 1 is one process")
         log = Path(self.args.log_path)
-        stem = log.name.removesuffix(".txt")
+        if log.suffix in (".csv", ".png"):
+            raise InputError(f"--log_path {log}: a text file, such as log.txt")
+        stem = log.stem
         self.totals = log.with_name(f"{stem}-summary.csv")
         self.ends = [log.with_name(f"{stem}.rank{r}.done") for r in range(self.world)]
         stem += f".rank{self.rank}" if self.world > 1 else ""
@@ -1054,26 +1090,41 @@ class Run:
         """
         if self.bar is not None:
             self.bar.close()
-        status = 2 - any(r.begun for r in self.results) if self.failed else 0
-        if self.failed and len(self.files) > 1:
-            names = ", ".join(map(str, self.failed))
-            fail(f"{len(self.failed)} of {len(self.files)} images failed: {names}")
+        failed = list(map(str, self.failed))
+        if failed and len(self.files) > 1:
+            names = ", ".join(failed)
+            fail(f"{len(failed)} of {len(self.files)} images failed: {names}")
+        begun = self.world > 1 or any(result.begun for result in self.results)
         try:
             if self.world > 1:
-                end = b"failed" if self.failed else b""
-                write_atomically(self.ends[self.rank], end)
-                last = all(end.exists() for end in self.ends)
-                status = int(last and any(end.read_bytes() for end in self.ends))
-            finished = {file: self._finished(file) for file in self.files}
+                failed = self._failed_in_all(failed)
+                if failed is None:
+                    return 0
+            files = [file for file in self.files if str(file) not in failed]
+            finished = {file: self._finished(file) for file in files}
             self._write_totals(filter(None, finished.values()))
             for stack in dict.fromkeys(filter(None, map(stack_of, self.files))):
-                found = {f: r for f, r in finished.items() if f.parent == stack}
-                if all(found.values()):
-                    self._write_stack(stack, found)
+                pages = [file for file in self.files if file.parent == stack]
+                if all(map(finished.get, pages)):
+                    self._write_stack(stack, {page: finished[page] for page in pages})
         except (InputError, OSError) as error:
             fail(reason(error))
             return 1
-        return status
+        return (1 if begun else 2) if failed else 0
+
+    def _failed_in_all(self, failed):
+        """Say which images failed here; return those of all processes, once all say it.
+
+        Until then None. What they said is removed, so that no later run reads it.
+        """
+        write_atomically(self.ends[self.rank], json.dumps(failed).encode())
+        try:
+            told = [json.loads(end.read_text()) for end in self.ends]
+        except FileNotFoundError:
+            return None
+        for end in self.ends:
+            end.unlink(missing_ok=True)
+        return list(itertools.chain.from_iterable(told))
 
     def _finished(self, file):
         """Return an image's record where it is finished, else None."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from scripts import files, run, write
 
 import denoise
@@ -52,11 +53,13 @@ def bad_inputs():
         ("--path good.png --mask black.png", "every pixel is missing"),
         ("--path good.png --mask wide.png", "wide.png: 40x32"),
         ("--path good.png --mask coloured.png", "coloured.png: 32x32 colour"),
+        ("--path good.png --mask whole.jpg", "a JPEG's zeros are not exact"),
         ("--fuse on --drop_rate 0", "--drop_rate"),
         ("--noise_sigma 5", "--observed"),
         ("--path good.png --observed --noise_sigma 5", "--fuse on"),
         ("--fuse on --num_prediction 1", "several"),
         ("--observed --noise_sigma 0", "--noise_sigma"),
+        ("--observed --sigma 0 --fuse on --noise_sigma 5", "not --sigma 0"),
         ("--device abacus", "no device 'abacus'"),
         ("--device cuda:99", "no device 'cuda:99'"),
         ("--device cuda:01", "no device"),
@@ -73,6 +76,7 @@ def bad_inputs():
         ("--path good.png --log_path empty", "empty is a folder"),
         ("--path good.png --log_path ''", "--log_path"),
         ("--path good.png --log_path good.txt", "good.png is a folder or an input"),
+        ("--path good.png --log_path log.csv", "a text file, such as log.txt"),
         ("--path ''", "is empty"),
         (f"--path {'a' * 300}", "File name too long"),
         ("--path good.png --observed --reference pages.tif", "2 pages"),
@@ -80,9 +84,12 @@ def bad_inputs():
         ("--path pages.tif --observed --reference good.png", "not with several"),
         ("--path pages.tif/1", "pages.tif/1: no such file"),
         ("--path rgba.jpg", "no JPEG"),
+        ("--path clear.tif", "alpha channel that is lost here"),
+        ("--path clear16.tif", "alpha channel that is lost here"),
         ("--seed -1", "--seed"),
         ("--seed 99999999999999999999", "--seed"),
         ("--model_type ../x", "--model_type"),
+        ("--model_type ..", "--model_type"),
         ("--recipe quick", "--recipe"),
         ("--path good.png --observed --reference big.png --crop 32", "64x64"),
     ):
@@ -129,6 +136,12 @@ def bad_files():
         shutil.copy("good.png", os.fsdecode(b"odd/caf\xe9.png"))
     write("rgba.png", channels=4)
     Path("rgba.png").rename("rgba.jpg")
+    # OpenCV darkens the first by its alpha, and leaves the second's out
+    alpha = {"extrasamples": ["unassalpha"], "planarconfig": "contig"}
+    clear = np.zeros((32, 32, 4), np.uint8)
+    tifffile.imwrite("clear.tif", clear, photometric="rgb", **alpha)
+    clear = np.zeros((32, 32, 2), np.uint16)
+    tifffile.imwrite("clear16.tif", clear, photometric="minisblack", **alpha)
     cv2.imwritemulti("pages.tif", [np.zeros((32, 32), np.uint8)] * 2)
     for suffix in (".png", ".jpg", ".tif"):
         write("whole" + suffix)

@@ -153,3 +153,38 @@ def test_stack_with_a_bad_page_is_not_joined(capsys):
     assert run("denoise", "--path in/a.tif --test_frequency 4") == 1
     assert "1 of 3 images failed: in/a.tif/2" in capsys.readouterr().err
     assert {f.name for f in Path("images/in/a.tif").iterdir()} == {"1", "3"}
+
+
+def test_what_failed_now_has_no_earlier_score_and_joins_no_stack(capsys):
+    for folder, sides in (("a/in", (32, 32, 32)), ("b/in", (32, 8, 32))):
+        Path(folder).mkdir(parents=True)
+        with tifffile.TiffWriter(f"{folder}/a.tif") as stack:
+            for side in sides:
+                pixels = np.random.default_rng(side).integers(0, 256, (side, side))
+                stack.write(pixels.astype(np.uint8), contiguous=False)
+    assert run("denoise", "--path a/in/a.tif --test_frequency 4") == 0
+    (stack,) = Path("images/in/a.tif/denoise").iterdir()
+    before = files(stack)
+    assert run("denoise", "--path b/in/a.tif --test_frequency 4") == 1
+    assert files(stack) == before
+    summary = Path("logs/denoise/log-summary.csv").read_text()
+    assert [row.split(",")[0] for row in summary.splitlines()[1:]] == [
+        "in/a.tif/1",
+        "in/a.tif/3",
+        "average",
+    ]
+
+
+def test_processes_join_a_stack_once_all_its_pages_are_new(monkeypatch):
+    Path("in").mkdir()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for value in (50, 200):
+        pages = np.full((2, 32, 32), value, np.uint8)
+        tifffile.imwrite("in/a.tif", pages, photometric="minisblack")
+        for rank in "01":
+            monkeypatch.setenv("RANK", rank)
+            assert run("denoise", "--path in/a.tif --sigma 0 --test_frequency 4") == 0
+        (results,) = Path("images/in/a.tif/denoise").iterdir()
+        joined = cv2.imreadmulti(str(results / "restored.tif"))[1]
+        assert [abs(page.mean() - value) < 20 for page in joined] == [True, True]
+        results.rename(f"{value}")

@@ -50,6 +50,18 @@ def test_hidden_pixels_are_a_share_of_all_and_known_ones_come_back(channels):
     assert (hidden[0] == hidden[1]).all() and (hidden[0] != hidden[2]).any()
 
 
+def test_a_mask_of_equal_colours_is_a_gray_one():
+    write("in/a.png")
+    mask = np.ones((32, 32), np.uint8)
+    mask[5:9] = 0
+    for name, pixels in (("gray", mask), ("rgb", np.dstack([mask] * 3))):
+        cv2.imwrite(f"{name}.png", pixels)
+        flags = f"--path in/a.png --sigma 0 --mask {name}.png{ONE_TEST}"
+        assert run("denoise", flags) == 0
+    gray, rgb = (read(f) for f in sorted(Path("images").rglob("restored.png")))
+    np.testing.assert_array_equal(gray, rgb)
+
+
 def test_noise_and_blur_leave_no_pixel_as_it_was():
     write("in/a.png", side=64)
     for task, sigma in (("denoise", 5), ("deblur", 0)):

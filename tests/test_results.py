@@ -184,6 +184,37 @@ def test_same_settings_replace_and_others_are_kept(capsys):
     assert files(results.with_name(results.name + "~1")) == before
 
 
+def test_a_longer_runs_results_are_kept():
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png --recipe paper") == 0
+    (results,) = Path("images/in/a.png/denoise").iterdir()
+    before = files(results)
+    assert run("denoise", "--path in/a.png --recipe paper --iteration 2") == 0
+    assert files(results.with_name(results.name + "~1")) == before
+
+
+def test_results_that_cannot_be_set_aside_are_not_touched(monkeypatch, capsys):
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png") == 0
+    before = files("images")
+    write("in/a.png")  # another picture of the same name
+
+    def denied(path, _):
+        raise OSError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "rename", denied)
+    assert run("denoise", "--path in/a.png --log_path other/log.txt") == 2
+    assert "Permission denied" in capsys.readouterr().err
+    assert files("images") == before
+
+
+def test_a_sigma_that_says_nothing_is_named(capsys):
+    write("in/a.png")
+    for sigma, named in ((25, False), (0, False), (50, True)):
+        assert run("denoise", f"--path in/a.png --observed --sigma {sigma}") == 0
+        assert ("nothing is added" in capsys.readouterr().out) == named
+
+
 def test_record_states_the_settings():
     write("in/a.png")
     assert run("denoise", "--path in/a.png --lr 0.002") == 0
