@@ -1120,7 +1120,7 @@ class Run:
         write_atomically(self.ends[self.rank], json.dumps(failed).encode())
         try:
             told = [json.loads(end.read_text()) for end in self.ends]
-        except (FileNotFoundError, ValueError):  # another program's
+        except (FileNotFoundError, ValueError):  # not done, or no mark of ours
             return None
         for end in self.ends:
             end.unlink(missing_ok=True)
