@@ -106,7 +106,7 @@ def read_psf(path):
             psf = np.load(path, mmap_mode="r", allow_pickle=False)
             shape = psf.shape
         else:
-            psf = np.atleast_3d(utils.decode(path))[..., :3].mean(2)
+            psf = np.atleast_3d(utils.decode(path)[0])[..., :3].mean(2)
             shape = psf.shape
         if max(shape, default=0) > LARGEST_PSF:
             raise utils.InputError(f"{path}: a PSF has sides of up to {LARGEST_PSF}")

@@ -238,11 +238,12 @@ class Picture(NamedTuple):
     alpha: np.ndarray | None  # (H, W) in the file's own type and scale
     dtype: np.dtype  # uint8, uint16, float32 or float64
     suffix: str
+    profile: np.ndarray | None  # a PNG's or JPEG's colour profile, its bytes
 
     def save(self, path, image):
         """Write an image (C, H, W), [0, 1], in this picture's depth, with its alpha.
 
-        The path's suffix says the format; a PNG of a float picture has 16 bits.
+        It has its colour profile, too. The path's suffix says the format; a PNG of a float picture has 16 bits.
         """
         dtype, suffix = self.dtype, Path(path).suffix
         if dtype.kind == "f" and suffix == ".png":
@@ -254,7 +255,7 @@ class Picture(NamedTuple):
             color = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
             pixels = np.dstack([color, quantise(alpha, dtype)])
         best = [cv2.IMWRITE_JPEG_QUALITY, 100] if suffix in (".jpg", ".jpeg") else []
-        data = cv2.imencode(suffix, np.ascontiguousarray(pixels), best)[1]
+        data = encode(suffix, np.ascontiguousarray(pixels), self.profile, best)
         write_atomically(path, data.tobytes())
 
     def inside(self, place):
@@ -301,10 +302,12 @@ def write_atomically(path, data):
 
 def join_pages(path, pages):
     """Write image files' pixels as they are, as the pages of a TIFF file."""
-    large = decode(pages[0]).nbytes * len(pages) > 4e9  # more than plain TIFF can hold
+    large = (
+        decode(pages[0])[0].nbytes * len(pages) > 4e9
+    )  # more than plain TIFF can hold
     with atomic_file(path) as file, tifffile.TiffWriter(file, bigtiff=large) as stack:
         for page in pages:
-            pixels, kind, extra = decode(page), "minisblack", 0
+            pixels, kind, extra = decode(page)[0], "minisblack", 0
             if pixels.ndim == 3:  # blue, green, red, perhaps alpha
                 pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
                 kind, extra = "rgb", pixels.shape[2] - 3
@@ -360,8 +363,13 @@ def pages(path):
 
 
 def decode(path):
-    """Read a PNG, JPEG or TIFF file's pixels as OpenCV has them: (H, W) or BGR(A)."""
-    path, page, count, pixels = Path(path), 0, 1, None
+    """Read a PNG, JPEG or TIFF file.
+
+    Returns:
+        Its pixels as OpenCV has them, (H, W) or BGR(A), and its colour profile's bytes,
+        None where it has none.
+    """
+    path, page, count, pixels, profile = Path(path), 0, 1, None, None
     if not is_utf8(path):
         raise InputError(f"{path}: a file name that is not UTF-8; rename it")
     stack = stack_of(path)
@@ -377,7 +385,11 @@ def decode(path):
                 turned = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
                 jpeg = data[:2].tobytes() == b"\xff\xd8"
                 count = cv2.imcount(str(path))
-                pixels = cv2.imdecode(data, turned if jpeg else cv2.IMREAD_UNCHANGED)
+                flags = turned if jpeg else cv2.IMREAD_UNCHANGED
+                pixels, *metadata = cv2.imdecodeWithMetadata(data, flags)
+                profile = dict(zip(*metadata)).get(cv2.IMAGE_METADATA_ICCP)
+                if encode(".png", np.zeros((1, 1), np.uint8), profile) is None:
+                    profile = None  # damaged
         except cv2.error as error:  # of an empty file, too
             if "CV_IO_MAX_IMAGE" in str(error):
                 raise InputError(
@@ -389,7 +401,21 @@ def decode(path):
         raise InputError(f"{path}: {count} pages; save the one to use by itself")
     if loses_alpha(stack or path, page, pixels):
         raise InputError(f"{path}: an alpha channel that is lost here; save it as PNG")
-    return pixels
+    return pixels, profile
+
+
+def encode(suffix, pixels, profile, settings=()):
+    """Return an image file's bytes, as an array; None where they cannot be made.
+
+    Args:
+        suffix: of the format.
+        pixels, profile: as `decode` returns them.
+        settings: OpenCV's for the format.
+    """
+    kinds = [cv2.IMAGE_METADATA_ICCP] * (profile is not None)
+    kept = kinds, [profile] * len(kinds)
+    made, data = cv2.imencodeWithMetadata(suffix, pixels, *kept, settings)
+    return data if made else None
 
 
 def loses_alpha(path, page, pixels):
@@ -413,7 +439,7 @@ def read_picture(path, crop=0):
         InputError, OSError: it cannot be restored; the text says why.
     """
     path = Path(path)
-    pixels = decode(path)
+    pixels, profile = decode(path)
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     height, width = pixels.shape[:2]
     if crop:
@@ -429,7 +455,7 @@ def read_picture(path, crop=0):
     image = color[..., ::-1].transpose(2, 0, 1)
     image = np.divide(image, peak(pixels.dtype), dtype=np.float32, order="C")
     whole = describe(len(image), height, width)
-    return Picture(image, whole, alpha, pixels.dtype, suffix)
+    return Picture(image, whole, alpha, pixels.dtype, suffix, profile)
 
 
 def unusable(pixels, jpeg):

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import scipy.io
+from PIL import Image, ImageCms
 from scripts import QUICK, RNG, ROOT, SCRIPTS, files, run, without_seconds, write
 
 
@@ -157,6 +158,27 @@ def test_sixteen_bits_alpha_and_format_are_kept():
     assert (pixels[..., 3] == given[..., 3]).all()
     assert (pixels[..., :3] % 257).any()
     assert len(list(Path("images/in").iterdir())) == 2
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_colour_profile_is_kept(suffix):
+    Path("in").mkdir()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(f"in/a.{suffix}", icc_profile=profile)
+    assert run("denoise", f"--path in/a.{suffix} --test_frequency 4") == 0
+    (results,) = Path(f"images/in/a.{suffix}/denoise").iterdir()
+    for name in (f"restored.{suffix}", "noisy.png"):
+        assert Image.open(results / name).info["icc_profile"] == profile
+
+
+def test_a_damaged_colour_profile_is_left_out():
+    Path("in").mkdir()
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save("in/a.jpg", icc_profile=b"no profile")
+    assert run("denoise", "--path in/a.jpg --test_frequency 4") == 0
+    (noisy,) = Path("images").rglob("noisy.png")
+    assert "icc_profile" not in Image.open(noisy).info
 
 
 def test_a_log_of_another_kind_is_kept():
