@@ -1,8 +1,9 @@
 """Run Triton's kernels in its interpreter, on the CPU, against Punet in float64.
 
-Prints a JSON list: for each case the largest error of the prediction and of any gradient,
-each relative to its tensor's largest value, by Triton's kernels and by PyTorch's own in
-float32. A process of its own: the interpreter is chosen when the kernels are imported.
+Called with a case's number, it prints the largest error of the prediction and of any
+gradient, each relative to its tensor's largest value, by Triton's kernels and by PyTorch's
+own in float32: a JSON list of two pairs. A process of its own: the interpreter is chosen
+when the kernels are imported.
 """
 
 import json
@@ -70,4 +71,4 @@ def measure(settings, height, width, *kernels):
 
 
 if __name__ == "__main__":
-    print(json.dumps([measure(*case) for case in CASES]))
+    print(json.dumps(measure(*CASES[int(sys.argv[1])])))

@@ -212,16 +212,17 @@ def test_a_network_that_dies_starts_over(capsys, monkeypatch):
 
 def test_a_network_that_dies_late_leaves_its_last_good_result(capsys, monkeypatch):
     write("in/a.png")
-    monkeypatch.setattr(self2self, "EARLY", 150)
-    monkeypatch.setattr(denoise.Self2Self, "alive", lambda learner: learner.step < 200)
-    flags = "--path in/a.png --iteration 300 --test_frequency 100 --recipe paper"
+    monkeypatch.setattr(self2self, "CHECK_EVERY", 10)
+    monkeypatch.setattr(self2self, "EARLY", 15)
+    monkeypatch.setattr(denoise.Self2Self, "alive", lambda learner: learner.step < 20)
+    flags = "--path in/a.png --iteration 30 --test_frequency 10 --recipe paper"
     assert run("denoise", flags) == 1
-    assert "the result of step 100 is kept" in capsys.readouterr().err
+    assert "the result of step 10 is kept" in capsys.readouterr().err
     (restored,) = Path("images").rglob("restored.png")
-    kept = restored.with_name("Self2Self-100.png")
+    kept = restored.with_name("Self2Self-10.png")
     assert restored.read_bytes() == kept.read_bytes()
     record = json.loads(restored.with_name("record.json").read_text())
-    assert [row[0] for row in record["rows"]] == [100]
+    assert [row[0] for row in record["rows"]] == [10]
     log = Path("logs/denoise/log.txt").read_text()
     assert "failed: in/a.png: the network died" in log
-    assert "step     200" not in log
+    assert "step      20" not in log

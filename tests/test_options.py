@@ -134,7 +134,7 @@ def folders_of(image, task="denoise"):
 def test_names_of_results_folders():
     write("in/a.png")
     for flags in (
-        "--num_prediction 100 --recipe paper",
+        "--num_prediction 100 --recipe paper --iteration 1",
         "--optimizer adamw --seed 1 --lr 1e-3 --bs 2 --crop 32 --sigma 10",
         "--recipe paper --iteration 3 --sigma 2.5",
         "--observed",
