@@ -174,8 +174,8 @@ def parse_arguments(description, defaults, decide, argv=None):
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.error = lambda told: parser.exit(2, f"{parser.prog}: error: {told}\n")
-    # Rather another letter than an end, where a terminal cannot show a file's name.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    with suppress(AttributeError):  # a notebook's, which can show any file's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     words = []  # the script's values, as flags: they are checked alike
     for key, default in defaults.items():
         kind, told = OPTIONS[key]
@@ -192,7 +192,8 @@ def parse_arguments(description, defaults, decide, argv=None):
     if args.recipe == "fast" and (args.lr or args.iteration):
         print("The recipe is fast, but for your flags; --recipe paper is as published.")
     if args.observed and args.sigma not in (0, defaults["sigma"]):
-        print("--observed: nothing is added, --sigma or not; for fusing: --noise_sigma")
+        told = f"--observed: no noise is added, so --sigma {args.sigma:g} says nothing"
+        print(f"{told}; --noise_sigma is for fusing")
     asked = args.fuse
     args.precision = None if args.precision == "auto" else args.precision
     if args.precision == "bfloat16" and args.device.type != "cpu":
@@ -241,9 +242,9 @@ class Picture(NamedTuple):
     profile: np.ndarray | None  # a PNG's or JPEG's colour profile, its bytes
 
     def save(self, path, image):
-        """Write an image (C, H, W), [0, 1], in this picture's depth, with its alpha.
+        """Write an image (C, H, W), [0, 1], with this picture's depth, alpha and profile.
 
-        It has its colour profile, too. The path's suffix says the format; a PNG of a float picture has 16 bits.
+        The path's suffix says the format; a PNG of a float picture has 16 bits.
         """
         dtype, suffix = self.dtype, Path(path).suffix
         if dtype.kind == "f" and suffix == ".png":
@@ -302,9 +303,8 @@ def write_atomically(path, data):
 
 def join_pages(path, pages):
     """Write image files' pixels as they are, as the pages of a TIFF file."""
-    large = (
-        decode(pages[0])[0].nbytes * len(pages) > 4e9
-    )  # more than plain TIFF can hold
+    first, _ = decode(pages[0])
+    large = first.nbytes * len(pages) > 4e9  # more than plain TIFF can hold
     with atomic_file(path) as file, tifffile.TiffWriter(file, bigtiff=large) as stack:
         for page in pages:
             pixels, kind, extra = decode(page)[0], "minisblack", 0
@@ -388,8 +388,6 @@ def decode(path):
                 flags = turned if jpeg else cv2.IMREAD_UNCHANGED
                 pixels, *metadata = cv2.imdecodeWithMetadata(data, flags)
                 profile = dict(zip(*metadata)).get(cv2.IMAGE_METADATA_ICCP)
-                if encode(".png", np.zeros((1, 1), np.uint8), profile) is None:
-                    profile = None  # damaged
         except cv2.error as error:  # of an empty file, too
             if "CV_IO_MAX_IMAGE" in str(error):
                 raise InputError(
@@ -401,6 +399,9 @@ def decode(path):
         raise InputError(f"{path}: {count} pages; save the one to use by itself")
     if loses_alpha(stack or path, page, pixels):
         raise InputError(f"{path}: an alpha channel that is lost here; save it as PNG")
+    with silent_decoder():
+        if profile is not None and encode(".png", pixels[:1, :1], profile) is None:
+            profile = None  # damaged, or of other channels
     return pixels, profile
 
 
@@ -659,16 +660,14 @@ class Result:
                 raise InputError(
                     f"{self.args.mask}: a JPEG's zeros are not exact; save it as PNG"
                 )
-            present = mask.image != 0
-            if (present == present[:1]).all():
-                present = present[:1]
+            known = (mask.image != 0).astype(np.float32)
+            known = known[:1] if (known == known[:1]).all() else known
             sizes = {x.whole.split()[0] for x in (picture, mask)}
-            if len(sizes) > 1 or len(present) not in {1, len(picture.image)}:
+            if len(sizes) > 1 or len(known) not in {1, len(picture.image)}:
                 raise InputError(
                     f"{self.args.mask}: {mask.whole}, but {self.path} is "
                     f"{picture.whole}"
                 )
-            known = present.astype(np.float32)
         return known
 
     def begin(self, learner, observation, kernel=None, **simulated):
@@ -893,13 +892,14 @@ def make_room(folder, made_from, steps=0):
 
     Others are those of more steps, too.
     """
-    if not folder.exists():
+    if not any(folder.glob("[!.]*")):  # nothing but what a killed run was writing
         return
     same = False
     with suppress(OSError, ValueError, TypeError, KeyError):  # none, or not ours
         earlier = json.loads((folder / "record.json").read_text())
-        same = earlier["made_from"] == made_from
-        same = same and earlier.get("iteration", 0) <= steps
+        same = (
+            earlier["made_from"] == made_from and earlier.get("iteration", 0) <= steps
+        )
     if not same:
         set_aside(folder)
         return
@@ -1130,9 +1130,9 @@ class Run:
             finished = {file: self._finished(file) for file in files}
             self._write_totals(filter(None, finished.values()))
             for stack in dict.fromkeys(filter(None, map(stack_of, self.files))):
-                pages = [file for file in self.files if file.parent == stack]
-                if all(map(finished.get, pages)):
-                    self._write_stack(stack, {page: finished[page] for page in pages})
+                found = {f: finished.get(f) for f in self.files if f.parent == stack}
+                if all(found.values()):
+                    self._write_stack(stack, found)
         except (InputError, OSError) as error:
             fail(reason(error))
             return 1

@@ -1,5 +1,6 @@
 """How options, the scripts' values and the recipe's make the settings, and the folder's name."""
 
+import io
 import shlex
 from pathlib import Path
 
@@ -129,6 +130,33 @@ def test_edited_defaults_are_checked_like_flags(monkeypatch, capsys):
 
 def folders_of(image, task="denoise"):
     return {f.name for f in Path("images", image, task).iterdir()}
+
+
+@pytest.mark.parametrize("local", [None, "2"])
+def test_processes_take_a_gpu_each(local, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 100)
+    monkeypatch.setenv("RANK", "199")
+    if local:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    chosen = []
+    monkeypatch.setattr("torch.empty", lambda _, device: chosen.append(device))
+    assert utils.choose_device("cuda").index == int(local or 99)
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_run(monkeypatch):
+    write("in/\u00fc.png")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    assert run("denoise", "--path in --test_frequency 4") == 0
+    shown.flush()
+    assert b"\\xfc.png" in shown.buffer.getvalue()
+
+
+def test_a_notebooks_output_will_do(monkeypatch):
+    write("in/a.png")
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert run("denoise", "--path in/a.png --test_frequency 4") == 0
 
 
 def test_names_of_results_folders():

@@ -181,6 +181,17 @@ def test_a_damaged_colour_profile_is_left_out():
     assert "icc_profile" not in Image.open(noisy).info
 
 
+def test_nothing_is_set_aside_where_a_killed_run_left_nothing():
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png --test_frequency 4") == 0
+    (results,) = Path("images/in/a.png/denoise").iterdir()
+    for file in results.iterdir():
+        file.unlink()
+    (results / ".record.json.1").touch()
+    assert run("denoise", "--path in/a.png --test_frequency 4") == 0
+    assert [f.name for f in results.parent.iterdir()] == [results.name]
+
+
 def test_a_log_of_another_kind_is_kept():
     write("in/a.png")
     Path("logs/denoise").mkdir(parents=True)
@@ -234,7 +245,7 @@ def test_a_sigma_that_says_nothing_is_named(capsys):
     write("in/a.png")
     for sigma, named in ((25, False), (0, False), (50, True)):
         assert run("denoise", f"--path in/a.png --observed --sigma {sigma}") == 0
-        assert ("nothing is added" in capsys.readouterr().out) == named
+        assert ("--sigma 50 says nothing" in capsys.readouterr().out) == named
 
 
 def test_record_states_the_settings():
