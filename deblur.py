@@ -118,7 +118,7 @@ def read_psf(path):
     except utils.InputError:
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file fails in many ways
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = utils.first_line(error)
         raise utils.InputError(f"{path}: no PSF can be read: {reason}") from None
     if psf.ndim != 2 or not np.isfinite(psf).all() or not 0.999 < psf.sum() < 1.001:
         raise utils.InputError(
@@ -143,28 +143,23 @@ class CircularBlur:
 
     def __init__(self, psf):
         self.psf = torch.from_numpy(psf)
+        self.copies = {}  # of a device and a type: what a captured step reads stays there
         self.reach = max(psf.shape) // 2
         self.margin = [((s - 1) // 2, s // 2) for s in psf.shape]
-        self.transfers = {}  # of a device and an image's size: the PSF's transform
 
     def __call__(self, x):
         """Blur images (N, C, H, W); H and W not less than the PSF's."""
-        key = x.device, x.shape[-2:]
-        size, transfer = x.shape[-2:], self.transfers.get(key)
-        if transfer is None:
-            if any(k > s for k, s in zip(self.psf.shape, size)):
-                raise utils.InputError(
-                    "the PSF of {}x{} pixels is larger than the image of {}x{}".format(
-                        *self.psf.shape[::-1], *size[::-1]
-                    )
-                )
-            padded = torch.zeros(size, dtype=torch.float64)
-            padded[: self.psf.shape[0], : self.psf.shape[1]] = self.psf
-            centre = [-(s // 2) for s in self.psf.shape]
-            transfer = torch.fft.rfft2(padded.roll(centre, (0, 1)))
-            transfer = transfer.to(torch.complex64).to(x.device)
-            # of the last two: a picture's and its windows'
-            self.transfers = dict([*self.transfers.items(), (key, transfer)][-2:])
+        size, (height, width) = x.shape[-2:], self.psf.shape
+        if height > size[0] or width > size[1]:
+            raise utils.InputError(
+                f"the PSF of {width}x{height} pixels is larger than the image of "
+                f"{size[1]}x{size[0]}"
+            )
+        if (x.device, x.dtype) not in self.copies:
+            self.copies[x.device, x.dtype] = self.psf.to(x.dtype).to(x.device)
+        padded = x.new_zeros(size)
+        padded[:height, :width] = self.copies[x.device, x.dtype]
+        transfer = torch.fft.rfft2(padded.roll((-(height // 2), -(width // 2)), (0, 1)))
         return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=size)
 
 

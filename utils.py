@@ -85,20 +85,26 @@ def choose_device(value):
 
     Of several processes on a machine (LOCAL_RANK, else RANK) each takes a GPU of its own.
     """
-    if value == "auto":
+    auto = value == "auto"
+    if auto:
         value = "cuda" if torch.cuda.is_available() else "cpu"
     rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", ""))
     if value == "cuda" and torch.cuda.is_available() and rank.isdecimal():
         value = f"cuda:{int(rank) % torch.cuda.device_count()}"
     try:
         device = torch.device(value)
-        torch.empty(0, device=device)
+        if device.type == "cuda" and device.index and torch.cuda.is_available():
+            torch.cuda.set_device(device)  # or GPU 0 gets a context of each process
+        torch.ones(1, device=device).add(1).item()  # a GPU may be there without kernels
         if device.type in ("cpu", "cuda", "mps"):
             return device
-    except (AssertionError, RuntimeError):  # what PyTorch says of absent ones
-        pass
+    except (AssertionError, RuntimeError, ValueError) as error:  # PyTorch has them all
+        if auto:
+            print(f"This PyTorch cannot use {value} ({first_line(error)}): on the CPU.")
+            return torch.device("cpu")
     raise argparse.ArgumentTypeError(
-        f"no device {value!r} on this machine; there are auto, cpu, cuda, cuda:N, mps"
+        f"no device {value!r} that this PyTorch can use on this machine; there are auto, "
+        "cpu, cuda, cuda:N, mps"
     )
 
 
@@ -1224,13 +1230,35 @@ def reason(error, result=None):
         return str(error)
     if isinstance(error, FloatingPointError):
         return f"{result.path}: {error}"
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if known or (isinstance(error, RuntimeError) and "t allocate" in str(error)):
+    if any(map(is_out_of_memory, chain(error))):
         return (
             f"{result.path}: out of memory at {result.size}; a --crop, a smaller --bs, "
             "--fuse off or --device cpu needs less"
         )
     return None
+
+
+def chain(error):
+    """Yield an error and those during whose handling it was raised.
+
+    Where memory ends while a CUDA graph is captured, PyTorch raises another error on top.
+    """
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def is_out_of_memory(error):
+    """Tell whether an error, of PyTorch's or a library below it, says so."""
+    if isinstance(error, RuntimeError):
+        words = ("out of memory", "t allocate", "ALLOC_FAILED")
+        return any(word in str(error) for word in words)
+    return isinstance(error, MemoryError)
+
+
+def first_line(error):
+    """Return the first line of an error's text, or what kind it is."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def csv_text(rows):

@@ -18,7 +18,7 @@ def orthogonalise(matrices):
     a, b, c = QUINTIC
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-12)
     gram = x @ x.mT
-    product = one = torch.eye(x.shape[-2]).to(x)
+    product = one = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     for _ in range(ITERATIONS):
         step = a * one + b * gram + c * gram @ gram
         product = step @ product

@@ -191,11 +191,6 @@ class EdgePad(torch.autograd.Function):
         return None, grad_x, None
 
 
-# Of a map that is upsampled by copying, a window of 3 rows covers 2: which of them holds
-# each of the 3, for the even and for the odd rows of the upsampled map.
-TAPS = ((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1))
-
-
 def phases(weight):
     """Return what convolves a map before its nearest x2 upsampling as `weight` would after.
 
@@ -207,9 +202,14 @@ def phases(weight):
         rows i and columns j, 0 or 1, is channel (2 i + j) K + k, a pixel further on
         where i or j is 1. It takes 4 multiplications where `weight` takes 9.
     """
-    taps = torch.tensor(TAPS, dtype=weight.dtype, device=weight.device)
-    made = torch.einsum("aip,bjq,kcpq->abkcij", taps, taps, weight)
-    return made.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+    for axis in (-2, -1):
+        # A window of 3 copied rows covers 2 rows: from an even row on the first one
+        # once and the second twice, from an odd row on the other way round.
+        first, second, third = weight.unbind(axis)
+        even = torch.stack((first, second + third), axis)
+        odd = torch.stack((first + second, third), axis)
+        weight = torch.stack((even, odd), -5)
+    return weight.flatten(0, 2).contiguous(memory_format=torch.channels_last)
 
 
 class AddUpsampled(torch.autograd.Function):

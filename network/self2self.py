@@ -201,7 +201,7 @@ class Self2Self:
         self.graph = None
 
     def _build_window(self, size, reach):
-        """Make the window's index tensors, and say which of its entries are judged.
+        """Set the window's size, and say which of its entries are judged.
 
         Under an operator that looks around those are not that lie within its reach of
         the window's edge; the window is larger by as much.
@@ -209,15 +209,21 @@ class Self2Self:
         side = self.window_side and -(-(self.window_side + 2 * reach) // 32) * 32
         self.window = [min(n, side or n) for n in size]
         self.periodic = reach > 0
-        self.rows, self.columns = (
-            torch.arange(n, device=self.device) for n in self.window
-        )
+        self.corner = torch.zeros(2, dtype=torch.int64, device=self.device)
         inner = torch.ones(1, 1, *self.window, device=self.device)
         for axis, (n, whole) in enumerate(zip(self.window, size), 2):
             if reach and n < whole:
                 for part in (slice(reach), slice(n - reach, None)):
                     inner.transpose(2, axis)[:, :, part] = 0
         self.inner = inner
+
+    def _place(self):
+        """Return the indices of the window's rows, (h, 1), and columns, (w,)."""
+        rows, columns = (
+            (first + torch.arange(side, device=self.device)) % whole
+            for first, side, whole in zip(self.corner, self.window, self.y.shape[2:])
+        )
+        return rows[:, None], columns
 
     def network_weights(self):
         """Return copies of the network's weights, on the CPU."""
@@ -282,9 +288,9 @@ class Self2Self:
             self.weight.fill_(self._weight(self.step + 1))
         if self.window != [*self.y.shape[2:]]:
             place = self.y.shape[2:], self.window, self.periodic
-            rows, columns = window_place(*place, self.seed, self.attempt, self.step)
-            self.rows.copy_(rows)
-            self.columns.copy_(columns)
+            corner = window_place(*place, self.seed, self.attempt, self.step)
+            for scalar, first in zip(self.corner, corner):
+                scalar.fill_(first)  # a captured step reads it
         if self.device.type == "cuda":
             if self.graph is None:
                 self._capture()
@@ -477,7 +483,7 @@ class Self2Self:
         return flip(prediction, flips), mask
 
     def _train(self):
-        rows, columns = self.rows[:, None], self.columns
+        rows, columns = self._place()
         y, known = (x[:, :, rows, columns] for x in (self.y, self.known))
         seen = y.expand(self.bs, -1, -1, -1)
         if self.photons:
@@ -510,8 +516,9 @@ class Self2Self:
             for _ in range(3):
                 self._train()
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(self.masks.generator)
-        with torch.cuda.graph(self.graph, stream=stream):
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.masks.generator)
+        with torch.cuda.graph(graph, stream=stream):
             self._train()
         self.load_state_dict(before)
+        self.graph = graph  # now that there is one to replay

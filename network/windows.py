@@ -10,19 +10,16 @@ MARGIN = 128
 
 
 def window_place(shape, window, periodic, *entropy):
-    """Choose where a window lies; every pixel is about as likely to lie in it.
+    """Choose a window's first row and column; every pixel is about as likely to lie in it.
 
     Args:
         shape: the picture's height and width.
         window: the window's.
         periodic: whether it may reach over the picture's edge to the opposite side.
         entropy: natural numbers that name the choice, such as (seed, step).
-
-    Returns:
-        The window's rows and columns, as tensors of indices.
     """
     draws = np.random.default_rng(entropy).random(2)
-    places = []
+    corner = []
     for size, side, draw in zip(shape, window, draws):
         if side == size:
             first = 0
@@ -30,8 +27,8 @@ def window_place(shape, window, periodic, *entropy):
             first = int(draw * size)
         else:  # centres anywhere; a window that would leave the picture is moved back
             first = int(np.clip(round(draw * size - side / 2), 0, size - side))
-        places.append((first + torch.arange(side)) % size)
-    return places
+        corner.append(first)
+    return corner
 
 
 def tiles(size):

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
+import torch
 from scripts import files, run, write
 
 import denoise
@@ -156,6 +157,17 @@ def bad_files():
     np.save("object.npy", np.array([{}], dtype=object))
 
 
+def over(error):
+    """An error that is raised while another one is handled, as a capture's end does."""
+    try:
+        try:
+            raise error
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error")
+    except RuntimeError as on_top:
+        return on_top
+
+
 def test_wrong_input_is_refused_in_one_line(bad_files, capfd):
     before = files()
     for task, flags, words in bad_inputs():
@@ -171,6 +183,8 @@ def test_wrong_input_is_refused_in_one_line(bad_files, capfd):
     [
         (OSError(28, "No space left on device", "x.png"), "x.png: No space left", 1),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "--crop", 1),
+        (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), "--crop", 1),
+        (over(torch.OutOfMemoryError("CUDA out of memory")), "--crop", 1),
     ],
 )
 def test_what_fails_later_is_one_line_too(error, words, status, monkeypatch, capsys):

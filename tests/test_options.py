@@ -1,5 +1,6 @@
 """How options, the scripts' values and the recipe's make the settings, and the folder's name."""
 
+import argparse
 import io
 import shlex
 from pathlib import Path
@@ -139,9 +140,25 @@ def test_processes_take_a_gpu_each(local, monkeypatch):
     monkeypatch.setenv("RANK", "199")
     if local:
         monkeypatch.setenv("LOCAL_RANK", local)
-    chosen = []
-    monkeypatch.setattr("torch.empty", lambda _, device: chosen.append(device))
+    current = []
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    monkeypatch.setattr("torch.ones", lambda *_, **__: torch.zeros(1))
     assert utils.choose_device("cuda").index == int(local or 99)
+    # what asks for no device must not open a context on GPU 0
+    assert current == [torch.device("cuda", int(local or 99))]
+
+
+def test_a_gpu_that_this_pytorch_has_no_kernels_for_is_left_alone(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
+    monkeypatch.setattr("torch.ones", fail)
+    assert utils.choose_device("auto") == torch.device("cpu")
+    assert "no kernel image is available" in capsys.readouterr().out
+    with pytest.raises(argparse.ArgumentTypeError, match="can use"):
+        utils.choose_device("cuda")
 
 
 def test_a_name_that_the_terminal_cannot_show_ends_no_run(monkeypatch):

@@ -1,6 +1,8 @@
 """The learner: its masks, loss, steps, ensemble and state."""
 
+import contextlib
 import copy
+import types
 
 import numpy as np
 import pytest
@@ -288,6 +290,34 @@ def test_a_step_changes_only_what_the_state_saves():
     fresh._train()
     for ours, other in zip(tensors, lasting_tensors(fresh), strict=True):
         assert torch.equal(ours, other)
+
+
+def test_a_capture_that_fails_leaves_no_graph(monkeypatch):
+    """Or the next picture of that size would replay nothing."""
+    learner = begun(random_image(1, 32, 32))
+
+    class Graph:
+        """A graph that says nothing."""
+
+        def register_generator_state(self, _):
+            pass
+
+    @contextlib.contextmanager
+    def out_of_memory(*_, **__):
+        yield
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(
+        "torch.cuda.Stream", lambda _: types.SimpleNamespace(wait_stream=id)
+    )
+    monkeypatch.setattr("torch.cuda.current_stream", torch.cuda.Stream)
+    monkeypatch.setattr("torch.cuda.stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
+    monkeypatch.setattr("torch.cuda.graph", out_of_memory)
+    monkeypatch.setattr(learner.masks, "generator", None, raising=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        learner._capture()
+    assert learner.graph is None
 
 
 def test_a_step_reallocates_nothing():
