@@ -106,7 +106,8 @@ def read_psf(path):
             psf = np.load(path, mmap_mode="r", allow_pickle=False)
             shape = psf.shape
         else:
-            psf = np.atleast_3d(utils.decode(path)[0])[..., :3].mean(2)
+            pixels, colours, *_ = utils.read_pixels(path)
+            psf = pixels[..., :colours].mean(2)
             shape = psf.shape
         if max(shape, default=0) > LARGEST_PSF:
             raise utils.InputError(f"{path}: a PSF has sides of up to {LARGEST_PSF}")
@@ -195,7 +196,7 @@ def main(argv=None):
     except utils.InputError as error:
         return utils.fail(error)
     run = utils.Run(args, DEFAULTS | decide(args), psf_name)
-    learner, blur = Self2Self(**recipes.learner_settings(args)), CircularBlur(psf)
+    blur = CircularBlur(psf)
     valid, note = args.boundary == "valid", off_centre(psf)
     if note:
         print(note)
@@ -205,8 +206,10 @@ def main(argv=None):
             noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
             blurred = blur(torch.from_numpy(x)[None])[0].numpy()
             y = known * (x if args.observed else blurred + noise)
+            scale = recipes.choose_scale(args, y, known, result.eight_bits, True)
             weights = run.initial_weights(len(x))
-            learner.begin(y, blur, known, weights, on_restart=result.start_over)
+            learner = Self2Self(**recipes.learner_settings(args, scale.span))
+            learner.begin(y, blur, known, weights, scale, result.start_over)
             # with --resume: at its checkpoint
             result.begin(learner, y, noise=noise, blurred=blurred, kernel=psf)
             while learner.step < args.iteration:

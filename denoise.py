@@ -56,14 +56,15 @@ def main(argv=None):
     """Run the script; return its exit status."""
     args = utils.parse_arguments(__doc__, DEFAULTS, decide, argv)
     run = utils.Run(args, DEFAULTS | decide(args))
-    learner = Self2Self(**recipes.learner_settings(args))
     for path in run.paths:
         with run.image(path) as result:  # an error is reported, the next image goes on
             x, known = result.read()
             noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
             y = known * (x if args.observed else x + noise)
+            scale = recipes.choose_scale(args, y, known, result.eight_bits)
             weights = run.initial_weights(len(x))
-            learner.begin(y, identity, known, weights, on_restart=result.start_over)
+            learner = Self2Self(**recipes.learner_settings(args, scale.span))
+            learner.begin(y, identity, known, weights, scale, result.start_over)
             result.begin(learner, y, noise=noise)  # with --resume: at its checkpoint
             while learner.step < args.iteration:
                 learner.train_step()  # a network that dies starts over, at step 0

@@ -10,12 +10,16 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import shlex
 import signal
+import struct
 import sys
 import time
+import warnings
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -36,10 +40,15 @@ from tqdm import tqdm
 from network.fusion import estimate_sigma
 from network.recipes import RECIPES
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-SMALLEST_SIDE = 32  # pixels: five poolings
 SAVE_EVERY = 300  # seconds between two checkpoints, at most
+TAIL = (
+    0.001  # share of the pixels beyond black and white in comparison.png, either side
+)
 PANEL = 1024  # pixels a side in comparison.png, at most
+# a damaged file is reported in one line of ours
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # of odd tags
+warnings.filterwarnings("ignore", "Glyph .* missing")  # of names, in figures' fonts
 BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes with an image alone
 SLAB = 512  # rows scored at a time
 SSIM_REACH = 5  # pixels: its window's, of sigma 1.5
@@ -53,6 +62,51 @@ def fail(error):
     """Report on stderr what cannot be done; return the exit status 2."""
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
     return 2
+
+
+# --- files ---------------------------------------------------------------------------
+
+
+def is_utf8(path):
+    """Tell whether a name can be written in a log, and passed to OpenCV."""
+    return not any("\ud800" <= c <= "\udfff" for c in str(path))
+
+
+@contextmanager
+def atomic_file(path):
+    """Open a file to write that is the old one or the new one, whole, at any moment."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, reason, str(path)) from None
+    finally:
+        with suppress(OSError):  # none, or the disk has become read-only
+            temporary.unlink()
+
+
+def write_atomically(path, data):
+    """Write bytes as an atomic file."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def save_mat(path, key, array):
+    """Write a PSF (h, w) or an image (C, H, W) as a MATLAB file that repeats.
+
+    The time of day in its header is left out.
+    """
+    array = array.transpose(1, 2, 0).squeeze() if array.ndim == 3 else array
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, {key: array})
+    write_atomically(path, b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:])
 
 
 # --- options -------------------------------------------------------------------------
@@ -236,34 +290,67 @@ def refuse_contradictions(parser, args, asked):
 
 # --- pictures in and out -------------------------------------------------------------
 
+TIFF, JPEG = (".tif", ".tiff"), (".jpg", ".jpeg")
+SUFFIXES = (".png", *JPEG, *TIFF)
+SMALLEST_SIDE = 32  # pixels: five poolings
+LARGEST = 2**25  # pixels of a plane: a tiny file may claim any size
+ORIENTATION = 274  # the tag, of EXIF and of TIFF; 1 is upright
+# A TIFF's photometric: its name for the writer, and how many samples are colours.
+COLOURS = {0: ("miniswhite", 1), 1: ("minisblack", 1), 2: ("rgb", 3), 3: ("palette", 1)}
+ALPHAS = {0: "unspecified", 1: "assocalpha", 2: "unassalpha"}
+# What a PNG may hold that OpenCV does not write.
+UNWRITTEN = {b"pHYs": "dpi", b"gAMA": "gamma", b"cHRM": "chromaticities"}
+
 
 class Picture(NamedTuple):
-    """An image file's pixels, and what it takes to write their like."""
+    """An image file's pixels, and what it takes to write their like.
 
-    image: np.ndarray  # (C, H, W) float32, [0, 1], C = 1 or 3 (R, G, B), cropped
+    `image` has the file's numbers over `peak`, in float32, or float64 where a number has
+    more digits. Three channels that are alike are one here, and three again in the file.
+    """
+
+    image: np.ndarray  # (C, H, W), C = 1 or 3 (red, green, blue), cropped
     whole: str  # the whole image's size and kind
-    alpha: np.ndarray | None  # (H, W) in the file's own type and scale
-    dtype: np.dtype  # uint8, uint16, float32 or float64
+    alpha: np.ndarray | None  # (H, W), the file's own numbers
+    dtype: np.dtype
+    peak: float  # the number that stands for 1: an integer type's largest
+    stored: int  # the file's channels, without alpha
     suffix: str
-    profile: np.ndarray | None  # a PNG's or JPEG's colour profile, its bytes
+    written: dict  # what the encoder is told
 
     def save(self, path, image):
-        """Write an image (C, H, W), [0, 1], with this picture's depth, alpha and profile.
+        """Write an image (C, H, W), in this one's units, with its depth and metadata.
 
-        The path's suffix says the format; a PNG of a float picture has 16 bits.
+        The path's suffix says the format. A TIFF has the file's own numbers; other files
+        go from black to white, and have 16 bits where the file has more than 8.
         """
-        dtype, suffix = self.dtype, Path(path).suffix
-        if dtype.kind == "f" and suffix == ".png":
-            dtype = np.dtype(np.uint16)
-        # by channel, for memory's sake; OpenCV has blue, green, red
-        pixels = np.dstack([quantise(channel, dtype) for channel in image[::-1]])
-        if self.alpha is not None:
-            alpha = self.alpha / peak(self.alpha.dtype)
-            color = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
-            pixels = np.dstack([color, quantise(alpha, dtype)])
-        best = [cv2.IMWRITE_JPEG_QUALITY, 100] if suffix in (".jpg", ".jpeg") else []
-        data = encode(suffix, np.ascontiguousarray(pixels), self.profile, best)
-        write_atomically(path, data.tobytes())
+        suffix, ends = Path(path).suffix, ends_of(self.image)
+        image = np.clip(image, 0, 1) if ends == (0, 1) else image
+        image = np.broadcast_to(image, (self.stored, *image.shape[1:]))
+        if suffix in TIFF:
+            samples = [quantise(x, self.dtype, self.peak) for x in image]
+            samples += [] if self.alpha is None else [self.alpha]
+            pixels = np.dstack(samples) if len(samples) > 1 else samples[0]
+            write_tiff(path, [([pixels], pixels.shape, pixels.dtype, self.written)])
+        else:
+            pixels = self._shown(image, ends)
+            write_atomically(path, encode(suffix, pixels, self.written))
+
+    def _shown(self, image, ends):
+        """Return the pixels of a PNG or JPEG, as OpenCV has them."""
+        image = (image - ends[0]) / (ends[1] - ends[0])
+        if self.written.get("photometric") == "miniswhite":
+            image = 1 - image
+        dtype = np.dtype(np.uint8 if self.dtype.itemsize == 1 else np.uint16)
+        image, alpha = list(image[::-1]), self.alpha  # blue, green, red
+        if alpha is not None:
+            alpha = np.divide(alpha, self.peak, dtype=np.float64).clip(0, 1)
+            if self.written.get("extrasamples") == ["assocalpha"]:
+                image = [x / np.maximum(alpha, 1e-6) for x in image]
+            image = [*image * (3 // len(image)), alpha]
+        # by channel, for memory's sake
+        whole = [quantise(np.clip(x, 0, 1), dtype, np.iinfo(dtype).max) for x in image]
+        return np.dstack(whole)
 
     def inside(self, place):
         """Return a part of it, by slices of (C, H, W)."""
@@ -271,222 +358,371 @@ class Picture(NamedTuple):
         return self._replace(image=np.ascontiguousarray(self.image[place]), alpha=alpha)
 
 
-def peak(dtype):
-    """Return the value that stands for 1 in a type."""
-    return np.iinfo(dtype).max if np.dtype(dtype).kind == "u" else 1
+def ends_of(image):
+    """Return what black and white are: 0, 1, or for values beyond them the extremes."""
+    low, high = float(image.min()), float(image.max())
+    if low >= 0 and high <= 1:
+        return 0.0, 1.0
+    return low, high if high > low else low + 1
 
 
-def quantise(image, dtype):
-    """Clip to [0, 1], scale to a type's peak and round."""
-    scaled = np.clip(np.asarray(image, np.float64), 0, 1) * peak(dtype)
-    return (np.rint(scaled) if np.dtype(dtype).kind == "u" else scaled).astype(dtype)
+def quantise(image, dtype, peak):
+    """Turn values, of which 1 stands for the peak, into numbers of a type.
 
-
-@contextmanager
-def atomic_file(path):
-    """Open a file to write that is the old one or the new one, whole, at any moment."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        with suppress(OSError):  # none, or the disk has become read-only
-            temporary.unlink()
-
-
-def write_atomically(path, data):
-    """Write bytes as an atomic file."""
-    with atomic_file(path) as file:
-        file.write(data)
-
-
-def join_pages(path, pages):
-    """Write image files' pixels as they are, as the pages of a TIFF file."""
-    first, _ = decode(pages[0])
-    large = first.nbytes * len(pages) > 4e9  # more than plain TIFF can hold
-    with atomic_file(path) as file, tifffile.TiffWriter(file, bigtiff=large) as stack:
-        for page in pages:
-            pixels, kind, extra = decode(page)[0], "minisblack", 0
-            if pixels.ndim == 3:  # blue, green, red, perhaps alpha
-                pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
-                kind, extra = "rgb", pixels.shape[2] - 3
-            extra = ["unspecified"] * extra
-            stack.write(pixels, photometric=kind, extrasamples=extra, contiguous=False)
-
-
-def save_mat(path, key, array):
-    """Write a PSF (h, w) or an image (C, H, W) as a MATLAB file that repeats.
-
-    The time of day in its header is left out.
+    Integers are rounded, and clipped to the type's range.
     """
-    array = array.transpose(1, 2, 0).squeeze() if array.ndim == 3 else array
-    buffer = io.BytesIO()
-    scipy.io.savemat(buffer, {key: array})
-    write_atomically(path, b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:])
+    numbers = np.asarray(image, np.float64) * peak
+    if dtype.kind in "ui":
+        numbers = np.rint(numbers).clip(np.iinfo(dtype).min, peak)
+    return numbers.astype(dtype)
 
 
-@contextmanager
-def silent_decoder():
-    """Keep the image libraries' own messages, which C code prints, off stderr."""
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
-
-
-def is_utf8(path):
-    """Tell whether a name can be written in a log, and passed to OpenCV."""
-    return not any("\ud800" <= c <= "\udfff" for c in str(path))
-
-
-def stack_of(path):
-    """Return the TIFF file that a page's path, such as cells.tif/007, is in, else None."""
-    return path.parent if path.name.isdecimal() and path.parent.is_file() else None
-
-
-def pages(path):
-    """List a TIFF file's pages where it has several; else the file itself."""
-    with silent_decoder():
-        tiff = path.suffix.lower() in (".tif", ".tiff") and is_utf8(path)
-        try:
-            n = cv2.imcount(str(path)) if tiff else 1
-        except cv2.error:  # damaged, which reading it says
-            n = 1
-    numbers = (f"{page:0{len(str(n))}d}" for page in range(1, n + 1))
-    return [path / number for number in numbers] if n > 1 else [path]
-
-
-def decode(path):
-    """Read a PNG, JPEG or TIFF file.
-
-    Returns:
-        Its pixels as OpenCV has them, (H, W) or BGR(A), and its colour profile's bytes,
-        None where it has none.
-    """
-    path, page, count, pixels, profile = Path(path), 0, 1, None, None
-    if not is_utf8(path):
-        raise InputError(f"{path}: a file name that is not UTF-8; rename it")
-    stack = stack_of(path)
-    with silent_decoder():
-        try:
-            if stack:
-                page, flags = int(path.name) - 1, cv2.IMREAD_UNCHANGED
-                found = cv2.imreadmulti(str(stack), page, 1, flags=flags)[1]
-                pixels = found[0] if found else None
-            else:
-                data = np.fromfile(path, np.uint8)
-                # A camera's JPEG may be stored turned; other formats keep alpha and palette.
-                turned = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH
-                jpeg = data[:2].tobytes() == b"\xff\xd8"
-                count = cv2.imcount(str(path))
-                flags = turned if jpeg else cv2.IMREAD_UNCHANGED
-                pixels, *metadata = cv2.imdecodeWithMetadata(data, flags)
-                profile = dict(zip(*metadata)).get(cv2.IMAGE_METADATA_ICCP)
-        except cv2.error as error:  # of an empty file, too
-            if "CV_IO_MAX_IMAGE" in str(error):
-                raise InputError(
-                    f"{path}: over 33 million pixels; cut a part out of it"
-                ) from None
-    if pixels is None:
-        raise InputError(f"{path} is damaged, or not a PNG, JPEG or TIFF image")
-    if count > 1:
-        raise InputError(f"{path}: {count} pages; save the one to use by itself")
-    if loses_alpha(stack or path, page, pixels):
-        raise InputError(f"{path}: an alpha channel that is lost here; save it as PNG")
-    with silent_decoder():
-        if profile is not None and encode(".png", pixels[:1, :1], profile) is None:
-            profile = None  # damaged, or of other channels
-    return pixels, profile
-
-
-def encode(suffix, pixels, profile, settings=()):
-    """Return an image file's bytes, as an array; None where they cannot be made.
-
-    Args:
-        suffix: of the format.
-        pixels, profile: as `decode` returns them.
-        settings: OpenCV's for the format.
-    """
-    kinds = [cv2.IMAGE_METADATA_ICCP] * (profile is not None)
-    kept = kinds, [profile] * len(kinds)
-    made, data = cv2.imencodeWithMetadata(suffix, pixels, *kept, settings)
-    return data if made else None
-
-
-def loses_alpha(path, page, pixels):
-    """Tell whether OpenCV has left out a TIFF's alpha, or darkened the colours by it."""
-    extra = ()
-    with silent_decoder(), suppress(Exception), tifffile.TiffFile(path) as tiff:
-        extra = tiff.pages[page].extrasamples
-    darkened = pixels.dtype == np.uint8 and tifffile.EXTRASAMPLE.UNASSALPHA in extra
-    return darkened or (pixels.ndim == 2 and bool(extra))
+def describe(channels, height, width):
+    """Say an image's size and kind."""
+    return f"{width}x{height} {'gray' if channels == 1 else 'colour'}"
 
 
 def read_picture(path, crop=0):
     """Read an image file.
 
     Args:
-        path: a PNG, JPEG or TIFF file, or a page of one: gray or colour, 8 or 16 bits
-            or float in [0, 1].
+        path: a PNG, JPEG or TIFF file, or a plane of one: gray or colour, of integers
+            up to 32 bits or floats.
         crop: side of the centre crop, pixels; 0 = whole.
 
     Raises:
         InputError, OSError: it cannot be restored; the text says why.
     """
     path = Path(path)
-    pixels, profile = decode(path)
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    suffix = (stack_of(path) or path).suffix.lower()
+    pixels, stored, bits, written = read_pixels(path)
     height, width = pixels.shape[:2]
     if crop:
         top, left = max(0, height - crop) // 2, max(0, width - crop) // 2
         pixels = pixels[top : top + crop, left : left + crop]
-    suffix = (stack_of(path) or path).suffix.lower()
-    reason = unusable(pixels, suffix in (".jpg", ".jpeg"))
+    dtype, wide = pixels.dtype, pixels.dtype.itemsize > 2 and pixels.dtype != np.float32
+    reason = unusable(pixels, suffix in JPEG)
     if reason:
         raise InputError(f"{path}: {reason}")
-    color, alpha = pixels[..., :3], pixels[..., 3] if pixels.shape[2] == 4 else None
-    if alpha is not None and (color == color[..., :1]).all():
-        color = color[..., :1]  # gray with alpha comes as four channels
-    image = color[..., ::-1].transpose(2, 0, 1)
-    image = np.divide(image, peak(pixels.dtype), dtype=np.float32, order="C")
+    color, alpha = pixels[..., :stored], pixels[..., stored:]
+    alpha = alpha[..., 0] if alpha.size else None
+    if (color == color[..., :1]).all():
+        color = color[..., :1]
+    peak = {"u": 2**bits - 1, "i": 2 ** (bits - 1) - 1, "f": 1}[dtype.kind]
+    image = color.transpose(2, 0, 1)
+    image = np.divide(image, peak, dtype=np.float64 if wide else np.float32, order="C")
     whole = describe(len(image), height, width)
-    return Picture(image, whole, alpha, pixels.dtype, suffix, profile)
+    return Picture(image, whole, alpha, dtype, peak, stored, suffix, written)
 
 
 def unusable(pixels, jpeg):
-    """Say why a file's pixels (H, W, channels) cannot be restored; None where they can."""
-    height, width, channels = pixels.shape
-    if pixels.dtype not in (np.uint8, np.uint16, np.float32, np.float64):
+    """Say why a file's pixels (H, W, samples) cannot be restored; None where they can."""
+    height, width, samples = pixels.shape
+    if pixels.dtype.kind not in "uif" or pixels.dtype.itemsize > 8:
         return f"{pixels.dtype} pixels; convert it to 8 or 16 bits"
-    if jpeg and (pixels.dtype != np.uint8 or channels == 4):
+    if pixels.dtype.kind in "ui" and pixels.dtype.itemsize > 4:
+        return f"{pixels.dtype} pixels; convert it to 32 bits or less"
+    if jpeg and (pixels.dtype != np.uint8 or samples == 4):
         return "no JPEG, whatever its name says; rename it"
-    if channels not in (1, 3, 4):
-        return f"{channels} channels; gray or colour is needed"
     if min(height, width) < SMALLEST_SIDE:
         return f"{width}x{height} pixels; a side needs {SMALLEST_SIDE} or more"
     if not np.isfinite(pixels).all():
         return "it holds NaN or infinite pixels"
-    largest = abs(pixels[..., :3]).max()
-    if pixels.dtype.kind == "f" and largest > 2:
-        return f"float pixels up to {largest:g}; scale them to [0, 1]"
     return None
 
 
-def describe(channels, height, width):
-    """Say an image's size and kind."""
-    return f"{width}x{height} {'gray' if channels == 1 else 'colour'}"
+def read_pixels(path):
+    """Read an image file's pixels as they are.
+
+    Returns:
+        Its pixels, (H, W, samples), in the file's own type; how many of the samples are
+        colours, red, green and blue; the bits of a sample; what the encoder is told.
+    """
+    if not is_utf8(path):
+        raise InputError(f"{path}: a file name that is not UTF-8; rename it")
+    suffix = (stack_of(path) or path).suffix.lower()
+    return (read_tiff if suffix in TIFF else read_plain)(path)
+
+
+@contextmanager
+def readable(path):
+    """Turn what a decoder says of a damaged file into an InputError."""
+    try:
+        yield
+    except (InputError, FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged file fails in many ways
+        raise InputError(
+            f"{path} is damaged, or not a PNG, JPEG or TIFF image: {first_line(error)}"
+        ) from None
+
+
+def refuse_size(path, height, width):
+    """Raise InputError for more pixels than a plane may have."""
+    if height * width > LARGEST:
+        raise InputError(f"{path}: over 33 million pixels; cut a part out of it")
+
+
+def read_plain(path):
+    """Read a PNG or JPEG, turned upright: see read_pixels."""
+    with readable(path):
+        data = np.fromfile(path, np.uint8)
+        try:
+            pixels, *found = cv2.imdecodeWithMetadata(data, cv2.IMREAD_UNCHANGED)
+        except cv2.error as error:
+            if "CV_IO_MAX_IMAGE" in str(error):
+                refuse_size(path, LARGEST, 2)
+            pixels = None
+        if pixels is None:
+            raise InputError(f"{path} is damaged, or not a PNG, JPEG or TIFF image")
+        refuse_size(path, *pixels.shape[:2])
+        chunks, lost = dict(png_chunks(data.tobytes())), []
+        if b"IHDR" in chunks:
+            width, height, depth = struct.unpack(">IIB", chunks[b"IHDR"][:9])
+            kind = (height, width), np.dtype(np.uint16 if depth > 8 else np.uint8)
+            if (pixels.shape[:2], pixels.dtype) != kind:
+                raise InputError(f"{path}: pixels of another size than the file names")
+            lost = [told for chunk, told in UNWRITTEN.items() if chunk in chunks]
+        elif data[6:10].tobytes() == b"JFIF" and data[13]:
+            lost = ["dpi"]
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        if pixels.shape[2] == 1 and b"tRNS" in chunks:
+            (clear,) = struct.unpack(">H", chunks[b"tRNS"])
+            clear *= 255 // (2**depth - 1) if depth < 8 else 1
+            alpha = np.where(pixels == clear, 0, np.iinfo(pixels.dtype).max)
+            pixels = np.concatenate([*[pixels] * 3, alpha.astype(pixels.dtype)], 2)
+        metadata = dict(zip(map(int, found[0]), map(np.ravel, found[1])))
+        pixels = turn_upright(pixels, metadata)
+    order = [2, 1, 0, 3][: pixels.shape[2]] if pixels.shape[2] > 2 else [0]
+    blobs = {}
+    for kind, blob in metadata.items():  # but for a damaged one
+        if encode(".png", pixels[:1, :1], {"blobs": {kind: blob}}):
+            blobs[kind] = blob
+    written = {"blobs": blobs, "lost": lost}
+    return pixels[..., order], min(len(order), 3), 8 * pixels.itemsize, written
+
+
+def png_chunks(data):
+    """Yield the chunks of a PNG file's bytes: their types and contents."""
+    at = 8
+    while data.startswith(b"\x89PNG") and at + 8 <= len(data):
+        size, kind = struct.unpack(">I4s", data[at : at + 8])
+        yield kind, data[at + 8 : at + 8 + size]
+        at += size + 12
+
+
+def turn_upright(pixels, metadata):
+    """Turn pixels (H, W, samples) as their EXIF says, which then says upright."""
+    turned = 1
+    with suppress(Exception):  # none, or damaged
+        exif = io.BytesIO(metadata[cv2.IMAGE_METADATA_EXIF].tobytes())
+        with tifffile.TiffFile(exif, mode="r+") as tags:
+            turned = tags.pages[0].tags[ORIENTATION].value
+            tags.pages[0].tags[ORIENTATION].overwrite(1)
+        metadata[cv2.IMAGE_METADATA_EXIF] = np.frombuffer(exif.getvalue(), np.uint8)
+    pixels = pixels.swapaxes(0, 1) if turned in (5, 6, 7, 8) else pixels
+    pixels = pixels[:, ::-1] if turned in (2, 3, 6, 7) else pixels
+    return np.ascontiguousarray(pixels[::-1] if turned in (3, 4, 7, 8) else pixels)
+
+
+def encode(suffix, pixels, written):
+    """Return an image file's bytes, None where they cannot be made.
+
+    Args:
+        suffix: of the format.
+        pixels: as OpenCV has them.
+        written: what else the file holds: `blobs`, OpenCV's kind -> bytes; iccprofile.
+    """
+    metadata = dict(written.get("blobs", {}))
+    if "iccprofile" in written:  # a TIFF's
+        metadata[cv2.IMAGE_METADATA_ICCP] = np.frombuffer(written["iccprofile"], "u1")
+    # Known pixels of a colour JPEG come back as they are: no chroma is left out.
+    best = [cv2.IMWRITE_JPEG_QUALITY, 100, cv2.IMWRITE_JPEG_SAMPLING_FACTOR]
+    best = [*best, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444] if suffix in JPEG else []
+    pixels = np.ascontiguousarray(pixels)
+    with suppress(cv2.error):
+        kept = list(metadata), list(metadata.values())
+        made, data = cv2.imencodeWithMetadata(suffix, pixels, *kept, best)
+        return data.tobytes() if made else None
+    return None
+
+
+def stack_of(path):
+    """Return the TIFF file that a plane's path, such as cells.tif/007, is in, else None."""
+    return path.parent if path.name.isdecimal() and path.parent.is_file() else None
+
+
+def full_series(tiff):
+    """List a TIFF's series and how many planes each has, without thumbnails."""
+    full = [series for series in tiff.series if not series.keyframe.is_reduced]
+    sizes = [math.prod(s.shape) // max(1, math.prod(s.keyframe.shape)) for s in full]
+    return list(zip(full, sizes))
+
+
+def planes(path):
+    """List the planes of a TIFF file that has several; else the file itself."""
+    count = 1
+    if path.suffix.lower() in TIFF and is_utf8(path):
+        with suppress(Exception), tifffile.TiffFile(path) as tiff:  # reading says why
+            series = full_series(tiff)
+            if sum(n for _, n in series) <= path.stat().st_size:  # each has a byte
+                count = sum(n for _, n in series)
+    numbers = (f"{plane:0{len(str(count))}d}" for plane in range(1, count + 1))
+    return [path / number for number in numbers] if count > 1 else [path]
+
+
+def read_tiff(path):
+    """Read a TIFF file, or a plane of one: see read_pixels."""
+    stack = stack_of(path)
+    with readable(path), tifffile.TiffFile(stack or path) as tiff:
+        series, number = full_series(tiff), int(path.name) - 1 if stack else 0
+        count = sum(n for _, n in series)
+        if count > 1 and not stack:
+            raise InputError(f"{path}: {count} planes; save the one to use by itself")
+        for one, n in series:
+            if number < n:
+                break
+            number -= n
+        page = one.keyframe
+        written = tiff_arguments(path, one, {} if stack else tiff_metadata(tiff, one))
+        pixels = read_plane(path, tiff, one, number)
+        if page.photometric == 3 and written["photometric"] == "rgb":
+            pixels = (page.colormap[:, pixels] >> 8).astype(np.uint8)
+        if page.axes == "SYX" or pixels.ndim == 3 and page.photometric == 3:
+            pixels = np.moveaxis(pixels, 0, 2)
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+    colours = 3 if written["photometric"] == "rgb" else 1
+    bits = written.get("bitspersample", 8 * pixels.itemsize)
+    return pixels, colours, bits, written
+
+
+def read_plane(path, tiff, series, number):
+    """Read a plane of a series, whose shape and type are what the file says."""
+    page, size = series.keyframe, tiff.filehandle.size
+    height, width = (page.shape[page.axes.index(axis)] for axis in "YX")
+    refuse_size(path, height, width)
+    if (
+        series.dataoffset is not None
+    ):  # one array, perhaps with the tags of its first plane
+        at = series.dataoffset + number * page.nbytes
+        kind = page.dtype.newbyteorder(tiff.byteorder)
+        pixels = np.memmap(
+            path.parent if stack_of(path) else path, kind, "r", at, page.shape
+        )
+        pixels = np.array(pixels, page.dtype)
+    else:
+        found = series.pages[number]
+        ends = np.add(found.dataoffsets, found.databytecounts)
+        if found.parent is tiff and max(ends) > size:
+            raise InputError(f"{path} is damaged: it ends before its pixels do")
+        pixels = found.asarray()
+    if (pixels.shape, pixels.dtype) != (page.shape, page.dtype):
+        raise InputError(f"{path}: pixels of another size or type than the file names")
+    return pixels
+
+
+def tiff_arguments(path, series, more):
+    """Return what the writer is told, to write the like of a series, or of a plane of it.
+
+    Args:
+        more: what it is told besides, of a whole file.
+
+    Raises:
+        InputError: pixels of a kind that cannot be restored.
+    """
+    page = series.keyframe
+    compressed = page.photometric == 6 and page.compression in (6, 7)  # JPEG, as RGB
+    kind = 2 if compressed else page.photometric
+    if kind not in COLOURS or page.axes not in ("YX", "YXS", "SYX"):
+        name = getattr(page.photometric, "name", page.photometric)
+        raise InputError(
+            f"{path}: {name} pixels, {page.axes}; convert it to gray or RGB"
+        )
+    name, colours = COLOURS[kind]
+    if kind == 3 and not page.is_imagej:  # whose numbers are data, and colours a view
+        name, colours = "rgb", 1
+    extra = page.samplesperpixel - colours
+    alphas = [ALPHAS.get(int(x), "unspecified") for x in page.extrasamples]
+    if extra > 1 or (extra and colours == 1 and alphas[:1] in ([], ["unspecified"])):
+        raise InputError(
+            f"{path}: {page.samplesperpixel} samples; gray or RGB is needed"
+        )
+    told = {"photometric": name, "metadata": None} | more
+    if extra:
+        told["extrasamples"] = alphas or ["unspecified"]
+    if page.bitspersample < 8 * page.dtype.itemsize:
+        told["bitspersample"] = page.bitspersample
+    if name == "palette":
+        told["colormap"] = page.colormap
+    if page.iccprofile:
+        told["iccprofile"] = page.iccprofile
+    if 282 in page.tags:
+        told |= {"resolution": page.resolution, "resolutionunit": page.resolutionunit}
+    if ORIENTATION in page.tags:
+        turned = page.tags[ORIENTATION].value
+        told["extratags"] = [(ORIENTATION, "H", 1, turned, True)]
+    return told
+
+
+def tiff_metadata(tiff, series):
+    """Return what ImageJ's and OME's files, and tifffile's, say of axes and their units."""
+    axes = series.axes.replace("SYX", "YXS")
+    if tiff.is_imagej:
+        made = ("ImageJ", "images", "channels", "slices", "frames", "hyperstack")
+        kept = {k: v for k, v in tiff.imagej_metadata.items() if k not in made}
+        return {"opened": {"imagej": True}, "metadata": kept | {"axes": axes}}
+    if tiff.is_ome:
+        images = tifffile.xml2dict(tiff.ome_metadata)["OME"]["Image"]
+        image = images if isinstance(images, dict) else images[series.index]
+        units = ("PhysicalSize", "TimeIncrement")
+        kept = {k: v for k, v in image["Pixels"].items() if k.startswith(units)}
+        channels = image["Pixels"].get("Channel", [])
+        channels = channels if isinstance(channels, list) else [channels]
+        names = [channel.get("Name") for channel in channels]
+        kept |= {"Channel": {"Name": names}} if all(names) and names else {}
+        return {"opened": {"ome": True}, "metadata": kept | {"axes": axes}}
+    if tiff.is_shaped:
+        return {"metadata": {"axes": axes} if "Q" not in axes else {}}
+    text = series.keyframe.description
+    return {"description": text} if text.isascii() and text else {}
+
+
+def write_tiff(path, series):
+    """Write series of planes as a TIFF file.
+
+    Args:
+        series: for each its planes, an iterable; its shape; its type; the arguments.
+    """
+    total = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype, _ in series)
+    opened = series[0][3].get("opened", {})
+    large = total > 4e9 and not opened  # more than plain TIFF holds
+    with (
+        atomic_file(path) as file,
+        tifffile.TiffWriter(file, bigtiff=large, **opened) as tiff,
+    ):
+        for pages, shape, dtype, told in series:
+            told = {k: v for k, v in told.items() if k != "opened"}
+            tiff.write(iter(pages), shape=shape, dtype=dtype, **told)
+
+
+def join_planes(path, stack, restored):
+    """Write the restored planes of a stack as a stack like it.
+
+    Args:
+        path: of the file to write.
+        stack: the TIFF file they are of.
+        restored: files with a plane each, in their order.
+    """
+    with tifffile.TiffFile(stack) as tiff:
+        series, files = [], iter(restored)
+        for one, count in full_series(tiff):
+            told = tiff_arguments(stack, one, tiff_metadata(tiff, one))
+            own = list(itertools.islice(files, count))
+            first = tifffile.imread(own[0])
+            outer = one.shape[: len(one.shape) - len(one.keyframe.shape)]
+            pixels = map(tifffile.imread, own)  # one after the other
+            series.append((pixels, (*outer, *first.shape), first.dtype, told))
+        write_tiff(path, series)
 
 
 def result_names(path):
@@ -519,7 +755,7 @@ def digest(arrays):
 
 
 def find_images(path):
-    """List the image files that --path means, and the pages of stacks.
+    """List the image files that --path means, and the planes of stacks.
 
     Raises:
         InputError, OSError: there are none.
@@ -532,14 +768,14 @@ def find_images(path):
             print(f"{file}: skipped, no PNG, JPEG or TIFF image")
         if not images:
             raise InputError(f"{path}: no PNG, JPEG or TIFF image in this folder")
-        return list(itertools.chain.from_iterable(map(pages, images)))
+        return list(itertools.chain.from_iterable(map(planes, images)))
     if given.exists():
         if given.suffix.lower() not in SUFFIXES:
             raise InputError(f"{path}: not a PNG, JPEG or TIFF file by its name")
-        return pages(given)
+        return planes(given)
     named = {f.stem: f for f in sorted(bundled.iterdir()) if f.suffix in SUFFIXES}
     if path in named:
-        return pages(named[path])
+        return planes(named[path])
     raise InputError(
         f"{path}: no such file or folder, nor an image of scikit-image "
         f"({', '.join(named)})"
@@ -563,18 +799,28 @@ def gaussian_noise(shape, sigma, seed):
     return noise
 
 
-def score(image, clean):
-    """PSNR in dB (peak 1) and SSIM (Wang et al. 2004) of the clipped image (C, H, W)."""
-    height, sums, rows = image.shape[1], np.zeros(2), 0
+def score(image, clean, ends=(0.0, 1.0)):
+    """PSNR in dB and SSIM (Wang et al. 2004) of an image (C, H, W).
+
+    Args:
+        clean: the reference, of the same shape.
+        ends: what its peak is the distance of; the image is clipped to 0 and 1, and to no
+            others.
+    """
+    height, sums, rows, peak = image.shape[1], np.zeros(2), 0, ends[1] - ends[0]
     wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+
+    def part(x, rows):
+        clipped = np.clip(x[:, rows], *ends) if ends == (0, 1) else x[:, rows]
+        return clipped.astype(np.float64) / peak
+
     for top in range(0, height, SLAB):  # for memory's sake
         inner = slice(top, min(top + SLAB, height))
-        error = (np.clip(image[:, inner], 0, 1) - clean[:, inner]).astype(np.float64)
-        sums[0] += (error**2).mean((0, 2)).sum()
+        sums[0] += ((part(image, inner) - part(clean, inner)) ** 2).mean((0, 2)).sum()
         # SSIM's mean leaves out what lies within its window's reach of an edge.
         around = slice(top, min(top + SLAB + 2 * SSIM_REACH, height))
         if around.stop - top > 2 * SSIM_REACH:
-            pair = (np.clip(x[:, around], 0, 1).astype(float) for x in (image, clean))
+            pair = part(image, around), part(clean, around)
             ssim = structural_similarity(*pair, data_range=1, channel_axis=0, **wang)
             sums[1] += ssim * (around.stop - top - 2 * SSIM_REACH)
             rows += around.stop - top - 2 * SSIM_REACH
@@ -588,7 +834,7 @@ OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "checkpoint*
 OWN_FILES += ["error.mat", "Self2Self-*.png", "restored.*", "comparison.png"]
 OWN_FILES += ["uncertainty.png"]
 COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr", "seconds")
-CHECKPOINT_FORMAT = 5
+CHECKPOINT_FORMAT = 6
 
 
 class Result:
@@ -621,8 +867,8 @@ class Result:
                 loses them: scores and files are of what they enclose.
 
         Returns:
-            The pixels with their margin, (C, H, W), [0, 1], and 1 where they are known,
-            0 where they are missing: (C, H, W) or (1, H, W), float32.
+            The pixels with their margin, (C, H, W), 1 standing for the file's peak, and 1
+            where they are known, 0 where they are missing: (C, H, W) or (1, H, W), float32.
         """
         picture = read_picture(self.path, self.args.crop)
         image, known = picture.image, self._known(picture)
@@ -631,22 +877,28 @@ class Result:
         ends = zip(margin, image.shape[1:])
         self.place = (slice(None), *(slice(a, n - b) for (a, b), n in ends))
         self.picture = picture if self.args.observed else picture.inside(self.place)
+        self.eight_bits = picture.dtype == np.uint8 and picture.peak == 255
         height, width = self.picture.image.shape[1:]
         if min(height, width) < SMALLEST_SIDE:
             raise InputError(
                 f"{self.path}: the PSF leaves {width}x{height} pixels; a side needs "
                 f"{SMALLEST_SIDE} or more"
             )
+        if picture.written.get("lost"):
+            told = ", ".join(picture.written["lost"])
+            tqdm.write(f"{self.path}: {told}: not carried through, the rest is")
         self.size = describe(*self.picture.image.shape)
         self.clean = None if self.args.observed else self.picture.image
         if self.args.reference:
             reference = read_picture(self.args.reference, self.args.crop)
-            if reference.whole != self.picture.whole:
+            sizes = {x.whole.split()[0] for x in (reference, picture)}
+            fits = len(reference.image) <= len(picture.image)
+            if len(sizes) > 1 or reference.stored != picture.stored or not fits:
                 raise InputError(
                     f"{self.args.reference}: {reference.whole}, but {self.path} is "
                     f"{self.picture.whole}"
                 )
-            self.clean = reference.image
+            self.clean = np.broadcast_to(reference.image, self.picture.image.shape)
         inner = np.zeros((1, *image.shape[1:]), np.float32)
         inner[self.place] = 1
         self.known = known * inner
@@ -662,7 +914,7 @@ class Result:
             known = (draws >= self.args.missing).astype(np.float32)
         if self.args.mask:
             mask = read_picture(self.args.mask, self.args.crop)
-            if mask.suffix in (".jpg", ".jpeg"):
+            if mask.suffix in JPEG:
                 raise InputError(
                     f"{self.args.mask}: a JPEG's zeros are not exact; save it as PNG"
                 )
@@ -684,7 +936,7 @@ class Result:
 
         Args:
             learner: the network.Self2Self that has begun on the observation.
-            observation: y, (C, H, W), [0, 1] scale, not clipped, with its margin.
+            observation: y, (C, H, W), not clipped, with its margin.
             kernel: the PSF (h, w), or None.
             simulated: noise and blurred, of y's shape, that an --observed image has not.
 
@@ -694,12 +946,22 @@ class Result:
         # Without noise and blur what is known is the result.
         self.exact = not (self.args.sigma or kernel is not None or self.known.all())
         self.sigma = self._noise_level()
-        self.scores = None if self.clean is None else score(observation, self.clean)
+        self.scores = self._score(observation)
         self.heading = f"{self.name}: {self.size}"
         if self.scores:
             self.heading += f", observation {self.scores[0]:.3f} dB"
+        if self.scores and ends_of(self.clean) != (0, 1):
+            self.heading += (
+                " (peak: the reference's range, {1:.4g} less {0:.4g})".format(
+                    *(self.picture.peak * end for end in ends_of(self.clean))
+                )
+            )
         if self.args.fuse == "on":
             self.heading += f", noise sigma {self.sigma:.4g}"
+            if self.picture.dtype != np.uint8:
+                own = self.sigma / 255 * self.picture.peak
+                self.heading += f" ({own:.4g} in the file's numbers)"
+        self.ends = ends_of(self.picture.image)
         arrays = {"image or noise": [observation]}
         arrays["reference"] = None if self.clean is None else [self.clean]
         sums = {key: digest(array) for key, array in arrays.items()}
@@ -710,6 +972,9 @@ class Result:
             make_room(self.folder, self.made_from, self.args.iteration)
         self._write_record()
         self.begun = self.changed = True
+        if self.ends != (0, 1):
+            low, high = (self.picture.peak * end for end in self.ends)
+            tqdm.write(f"{self.name}: PNGs show {low:.4g} black and {high:.4g} white")
         self.picture.save(self.folder / "noisy.png", observation)
         if kernel is not None:
             save_mat(self.folder / "kernel.mat", "kernel", kernel)
@@ -721,6 +986,12 @@ class Result:
         self._announce(learner)
         self.saved_at = time.perf_counter()
         self.started = self.saved_at - self.seconds
+
+    def _score(self, image):
+        """Return an image's PSNR and SSIM, None where there is no clean one."""
+        if self.clean is None:
+            return None
+        return score(image, self.clean, ends_of(self.clean))
 
     def _noise_level(self):
         """Return the noise's sigma: simulated, given, or where fusing asks, estimated."""
@@ -743,7 +1014,7 @@ class Result:
         return late or self.is_test(step)
 
     def add(self, learner, ensemble, fused=None, error=None):
-        """Take a test into the log, and save its picture.
+        """Take a test into the log, and save its pictures.
 
         Args:
             learner: the network.Self2Self, which has just predicted.
@@ -761,17 +1032,25 @@ class Result:
                 for x in (ensemble, fused)
             )
         self.restored = ensemble if fused is None else fused
-        self.deviation = 255 * np.sqrt(learner.variance[self.place].mean(0))
-        psnr = ssim = plain = None
-        if self.clean is not None:
-            psnr, ssim = score(self.restored, self.clean)
-            plain = psnr if fused is None else score(ensemble, self.clean)[0]
+        peak = self.picture.peak
+        self.deviation = peak * np.sqrt(learner.variance[self.place].mean(0))
+        psnr, ssim = self._score(self.restored) or (None, None)
+        plain, _ = self._score(ensemble) or (None, None)
         seconds = time.perf_counter() - self.started
         self.rows.append((step, loss, psnr, ssim, plain, seconds))
         self.changed = True
         if error is not None:
-            save_mat(self.folder / "error.mat", "error", error)
-        self.picture.save(self.folder / f"Self2Self-{step}.png", self.restored)
+            save_mat(self.folder / "error.mat", "error", peak**2 * error)
+        for name in (f"Self2Self-{step}.png", f"restored{self.picture.suffix}"):
+            self.picture.save(self.folder / name, self.restored)
+        write_atomically(self.folder / "uncertainty.png", uncertainty(self.deviation))
+        panels = [("observation", self.observation, self.scores)]
+        panels += [("restored", self.restored, (psnr, ssim))]
+        panels += [] if self.clean is None else [("clean", self.clean, None)]
+        ends = self.ends
+        if self.picture.dtype != np.uint8:  # of a dark picture nothing would be seen
+            ends = np.quantile(self.restored, (TAIL, 1 - TAIL))
+        write_atomically(self.folder / "comparison.png", comparison(panels, ends))
         self._write_record()
         tqdm.write(f"{self.name}: {row_text(self.rows[-1])}")
 
@@ -785,7 +1064,7 @@ class Result:
         tqdm.write(f"{self.name}: {note}")
 
     def finish(self, failed=None):
-        """Write the restored image of the last test, and the comparison.
+        """Mark the record: there is no more to come.
 
         Args:
             failed: why there is no more to come, where that is so.
@@ -798,13 +1077,6 @@ class Result:
         self.changed = True
         if self.rows:
             path = self.folder / f"restored{self.picture.suffix}"
-            self.picture.save(path, self.restored)
-            picture = uncertainty(self.deviation)
-            write_atomically(self.folder / "uncertainty.png", picture)
-            panels = [("observation", self.observation, self.scores)]
-            panels += [("restored", self.restored, self.rows[-1][2:4])]
-            panels += [] if self.clean is None else [("clean", self.clean, None)]
-            write_atomically(self.folder / "comparison.png", comparison(panels))
             self._write_record(finished=not failed)
             print(path)
 
@@ -821,7 +1093,10 @@ class Result:
         for key, array in ("restored", self.restored), ("deviation", self.deviation):
             state[key] = torch.from_numpy(array) if self.rows else None
         with atomic_file(self.folder / "checkpoint.pt") as file:
-            torch.save(state | {"learner": learner.state_dict()}, file)
+            try:
+                torch.save(state | {"learner": learner.state_dict()}, file)
+            except RuntimeError:  # PyTorch's, which says "unexpected pos"
+                raise OSError(None, "cannot be written; is the disk full?") from None
         self.saved_step, self.saved_at = learner.step, time.perf_counter()
 
     def _load_checkpoint(self, learner):
@@ -960,6 +1235,12 @@ class Run:
         except (InputError, OSError) as error:
             sys.exit(fail(reason(error)))
         self.paths = self.files[self.rank :: self.world]
+        counts = (
+            Counter(filter(None, map(stack_of, x))) for x in (self.files, self.paths)
+        )
+        whole, ours = counts
+        for stack, n in whole.items():
+            print(f"{stack}: {n} planes, {ours[stack]} of them to restore")
         for path in list(self.paths) if len(self.files) > 1 else ():
             try:  # a bad one is better known before a long run
                 read_picture(path, args.crop)
@@ -1177,7 +1458,7 @@ class Run:
         data = json.dumps({"made_from": key}).encode()
         write_atomically(folder / "record.json", data)
         path = folder / f"restored{stack.suffix.lower()}"
-        join_pages(path, [self.folder(page) / path.name for page in records])
+        join_planes(path, stack, [self.folder(p) / path.name for p in records])
         print(path)
 
     def _write_totals(self, records):
@@ -1296,10 +1577,11 @@ def drawn(figure):
     return buffer.getvalue()
 
 
-def comparison(panels):
+def comparison(panels, ends):
     """Draw labelled images side by side; return the PNG's bytes.
 
     Args:
+        ends: the values that are black and white.
         panels: (label, image (C, H, W), (PSNR, SSIM) or None) each.
     """
     _, height, width = panels[0][1].shape
@@ -1312,7 +1594,8 @@ def comparison(panels):
         1, len(panels), gridspec_kw=edges | {"wspace": 0.02}, subplot_kw=BARE
     )
     for axes, (label, image, scores) in zip(row, panels):
-        pixels = quantise(image[:, ::every, ::every], np.uint8).transpose(1, 2, 0)
+        pixels = (image[:, ::every, ::every] - ends[0]) / max(ends[1] - ends[0], 1e-30)
+        pixels = pixels.clip(0, 1).transpose(1, 2, 0)
         axes.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
         psnr = scores and scores[0] is not None and f" {scores[0]:.2f} dB"
         axes.set_title(label + (psnr or ""))
@@ -1320,7 +1603,7 @@ def comparison(panels):
 
 
 def uncertainty(deviation):
-    """Draw the predictions' standard deviation (H, W), 0-255 scale, as a PNG's bytes."""
+    """Draw the predictions' standard deviation (H, W), file's numbers, as a PNG's bytes."""
     height, width = deviation.shape
     every = math.ceil(max(height, width) / PANEL)
     figure = Figure(figsize=(6, max(5 * height / width, 4)), dpi=160)
@@ -1330,7 +1613,7 @@ def uncertainty(deviation):
     )
     axes.set(**BARE)
     shown = axes.imshow(deviation[::every, ::every], cmap="magma", vmin=0)
-    label = "standard deviation of the predictions, 0-255 scale"
+    label = "standard deviation of the predictions, in the file's numbers"
     figure.colorbar(shown, scale, label=label)
     return drawn(figure)
 

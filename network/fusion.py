@@ -118,7 +118,7 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
     fused = torch.tensordot(planes.T, pilot, 1)
     # of planes that err independently
     error = torch.tensordot(planes.T**2 * (SPREAD * left).flatten(), variance, 1)
-    return fused.cpu().numpy(), error.cpu().numpy()
+    return fused.cpu(), error.cpu()
 
 
 def judged(estimate, risk, top, f, variance, restored, levels):

@@ -1,6 +1,7 @@
 """The Self2Self network: partial convolutions, then a decoder with dropout throughout."""
 
 import itertools
+import math
 
 import torch
 from torch import nn
@@ -27,11 +28,15 @@ class Punet(nn.Module):
         drop_upsampled: whether dropout takes entries of the upsampled maps, too, as the
             paper's network does. Without it they are convolved before they are
             upsampled, which takes 4 multiplications in place of 9.
+        bend: the last sigmoid goes on as a straight line below this and above 1 - bend;
+            0: nowhere, as in the paper. In [0, 0.5).
     """
 
-    def __init__(self, channels, drop_rate, ratio="window", drop_upsampled=True):
+    def __init__(
+        self, channels, drop_rate, ratio="window", drop_upsampled=True, bend=0.0
+    ):
         super().__init__()
-        self.drop_rate, self.drop_upsampled = drop_rate, drop_upsampled
+        self.drop_rate, self.drop_upsampled, self.bend = drop_rate, drop_upsampled, bend
         self.encoder = nn.ModuleList(
             PConv2d(c, 48, 3, ratio=ratio) for c in (channels, *[48] * 6)
         )  # enc0 .. enc6
@@ -56,12 +61,13 @@ class Punet(nn.Module):
                 PyTorch's own random state where it is None.
 
         Returns:
-            The prediction, (N, C, H, W), in (0, 1), in the weights' type.
+            The prediction, (N, C, H, W), in the weights' type; without a bend in (0, 1).
         """
         if triton_punet and triton_punet.usable(x):
             # On CUDA in float32 Triton kernels do all that follows: the same prediction
             # and gradients, but for rounding.
-            return triton_punet.forward(self, x, mask, draw or self._draw)
+            x = triton_punet.forward(self, x, mask, draw or self._draw)
+            return bent_sigmoid(x, self.bend)
         skips = [x]
         for i, layer in enumerate(self.encoder):
             # (N, 48, H/2^j, W/2^j), rounded up, with j = 0, 0, 1, 2, 3, 4, 5
@@ -84,7 +90,7 @@ class Punet(nn.Module):
                 keep, weight = self._dropout(conv, 0, x, draw)
                 padded = EdgePad.apply(keep, x, None)
                 x = F.conv2d(padded, weight.to(x.dtype), conv.bias.to(x.dtype))
-        return torch.sigmoid(x.to(self.decoder[-1][-1].bias.dtype))
+        return bent_sigmoid(x.to(self.decoder[-1][-1].bias.dtype), self.bend)
 
     def _join(self, conv, x, skip, draw):
         """Upsample x (N, C, h, w), join the skip (N, C', H, W), drop out and convolve.
@@ -130,6 +136,25 @@ class Punet(nn.Module):
         return (
             torch.rand(shape, device=self.decoder[0][0].weight.device) >= drop_rate
         ).float()
+
+
+def bent_sigmoid(x, bend):
+    """The sigmoid, continued by its tangents where it is below bend and above 1 - bend.
+
+    So every value can be reached, and a gradient passes everywhere.
+    """
+    if not bend:
+        return torch.sigmoid(x)
+    end = math.log(1 / bend - 1)
+    inner = x.clamp(-end, end)
+    return torch.sigmoid(inner) + bend * (1 - bend) * (x - inner)
+
+
+def inverse_bent_sigmoid(y, bend):
+    """Return the x of which bent_sigmoid makes y; without a bend y is in (0, 1)."""
+    inner = y.clamp(bend, 1 - bend)
+    x = torch.logit(inner)
+    return x + (y - inner) / (bend * (1 - bend)) if bend else x
 
 
 class EdgePad(torch.autograd.Function):

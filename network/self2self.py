@@ -5,13 +5,15 @@ import itertools
 import math
 import time
 
+import numpy as np
 import torch
 
 from network import fusion, missing
 from network.cpu import keep_memory, tune_cpu
 from network.masks import BernoulliMasks, flip
 from network.muon import Muon
-from network.punet import Punet
+from network.punet import Punet, inverse_bent_sigmoid
+from network.scale import find_scale
 from network.windows import tiles, window_place
 
 # Pixels in one forward pass of the ensemble: they fill a GPU, and suit a CPU's cache.
@@ -55,6 +57,7 @@ class Self2Self:
         start: "default": PyTorch's initial weights; "mean": with the last bias such
             that the first predictions have the observation's mean, from which a large
             learning rate does not run into the sigmoid's flat ends.
+        bend: where the network's sigmoid goes on as a straight line: see Punet.
         averaging_power: the training's own predictions join the ensemble, those of step
             t of T with weight (t / T)**averaging_power; None: they do not.
         bs: Bernoulli samples of the observation per step.
@@ -81,6 +84,7 @@ class Self2Self:
         schedule,
         ratio,
         start,
+        bend,
         averaging_power,
         bs,
         seed,
@@ -93,7 +97,7 @@ class Self2Self:
         self.optimizer_name, self.beta2 = optimizer, beta2
         self.initial_lr, self.schedule, self.iteration = lr, schedule, iteration
         self.ratio, self.drop_upsampled = ratio, drop_upsampled
-        self.initial_start = start
+        self.initial_start, self.bend = start, bend
         self.averaging_power, self.window_side = averaging_power, window
         self.photons, self.device = photons, torch.device(device)
         self.dtype = getattr(torch, precision)
@@ -101,28 +105,44 @@ class Self2Self:
         tune_cpu()
 
     def begin(
-        self, observation, forward_operator, known=None, weights=None, on_restart=None
+        self,
+        observation,
+        forward_operator,
+        known=None,
+        weights=None,
+        scale=None,
+        on_restart=None,
     ):
         """Start on an image with new weights, at step 0.
+
+        All is learnt in units of the learner's own, in which the picture fills about
+        [0, 1]. What `predict`, `variance` and `fuse` give is in the observation's.
 
         On CUDA an image of the same shape, under the same operator, uses the step that
         was captured for the last one.
 
         Args:
-            observation: y, (C, H, W), float, on the [0, 1] scale, not clipped.
+            observation: y, (C, H, W), float, in any units, not clipped.
             forward_operator: A, of y = A(x) + n, from and to (N, C, H, W): the identity
-                for denoising. One that looks around takes the picture as periodic, and
-                has `reach`, how many pixels it looks.
+                for denoising. It keeps a constant. One that looks around takes the
+                picture as periodic, and has `reach`, how many pixels it looks.
             known: 1 where an entry of y is known, else 0; (C, H, W) or (1, H, W). An
                 unknown entry is neither seen nor judged. None: all are known.
             weights: to start from, another network's: see `network_weights`. None: new
                 ones.
+            scale: the map to the learner's units; None: found from the observation, see
+                scale.find_scale.
             on_restart: told what happened, in a sentence, when the network has died and
                 started over.
         """
         self.on_restart, self.initial_weights = on_restart, weights
         self.attempt, self.lr, self.start = 0, self.initial_lr, self.initial_start
-        self._start(observation, forward_operator, known)
+        y = np.asarray(observation)
+        known = np.ones((1, *y.shape[1:])) if known is None else np.asarray(known)
+        blurred = getattr(forward_operator, "reach", 0) > 0
+        self.scale = scale or find_scale(y, known, blurred)
+        self.observation_dtype = y.dtype
+        self._start(self.scale.to(y) * known, forward_operator, known)
 
     def restart(self):
         """Start over: other weights, begun at the mean, and half the learning rate."""
@@ -133,13 +153,12 @@ class Self2Self:
     def _start(self, observation, forward_operator, known):
         here = {"dtype": torch.float32, "device": self.device}
         y = torch.as_tensor(observation, **here)[None]
-        if known is None:
-            known = torch.ones(1, *y.shape[2:])
         known = torch.as_tensor(known, **here)[None]
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed + ATTEMPT_SEED * self.attempt)
             # the same weights on every device
-            network = Punet(y.shape[1], self.drop_rate, self.ratio, self.drop_upsampled)
+            settings = self.drop_rate, self.ratio, self.drop_upsampled, self.bend
+            network = Punet(y.shape[1], *settings)
         if self.initial_weights and not self.attempt:
             with torch.no_grad():
                 for weight, given in zip(network.parameters(), self.initial_weights):
@@ -148,7 +167,8 @@ class Self2Self:
             sums, counts = ((known * x).sum((0, 2, 3)) for x in (y, torch.ones_like(y)))
             mean = (sums / counts.clamp(min=1)).clamp(0.02, 0.98).cpu()
             with torch.no_grad():
-                network.decoder[-1][-1].bias.copy_(torch.logit(mean))
+                bias = inverse_bent_sigmoid(mean, self.bend)
+                network.decoder[-1][-1].bias.copy_(bias)
         if (
             self.y is None
             or y.shape != self.y.shape
@@ -368,9 +388,9 @@ class Self2Self:
             num_prediction: predictions of the weights as they are; see ensemble_size.
 
         Returns:
-            The restoration, (C, H, W), float32 on the CPU, in (0, 1). Its predictions'
-            variance by plane, of the same shape, is then found as `variance`: see
-            fusion.opponent.
+            The restoration, (C, H, W), in the observation's units and type. Its
+            predictions' variance by plane, of the same shape, is then found as
+            `variance`: see fusion.opponent.
         """
         num_prediction = self.ensemble_size(num_prediction)
         masks = BernoulliMasks(self.device, self.seed, self.step)
@@ -388,8 +408,17 @@ class Self2Self:
         # The sum of squared distances from the mean, over one less than all.
         squares -= count * self._planes(mean[None])[0].square_()
         squares /= (count - 1).clamp(min=1)
-        self.variance = squares.clamp_(min=0).cpu().numpy()
-        return mean.cpu().numpy()
+        self.variance = self._squared(squares.clamp_(min=0))
+        return self._back(mean)
+
+    def _back(self, values):
+        """Bring a tensor to the observation's units and type."""
+        return self.scale.back(values.cpu(), self.observation_dtype)
+
+    def _squared(self, values):
+        """Bring a tensor of variances or squared errors to the observation's units."""
+        squared = np.float64(values.cpu()) * self.scale.slope() ** 2
+        return squared.astype(self.observation_dtype)
 
     def _planes(self, images):
         """Take (N, C, H, W) to the planes that are fused: see fusion.opponent."""
@@ -414,19 +443,26 @@ class Self2Self:
 
         Args:
             ensemble: what `predict` gave, (C, H, W).
-            sigma: standard deviation of the observation's noise, 0-255 scale.
+            sigma: standard deviation of the observation's noise, where 255 stands for 1
+                in its units.
 
         Returns:
-            The fused restoration and its predicted squared error, both (C, H, W).
+            The fused restoration and its predicted squared error, both (C, H, W), in the
+            observation's units.
         """
-        given = ensemble, self.variance, self.y[0], self.known[0]
+        ensemble = self.scale.to(ensemble)
+        variance = self.variance / self.scale.slope() ** 2
+        given = ensemble, variance, self.y[0], self.known[0]
         keep_memory(2**26, 2**28)  # of a large picture's tensors there are many
         try:
             if self._has_holes():
-                return missing.fuse(*given)
-            return fusion.fuse(*given, sigma, self.forward_operator)
+                fused, error = missing.fuse(*given)
+            else:
+                sigma = sigma / self.scale.slope()
+                fused, error = fusion.fuse(*given, sigma, self.forward_operator)
         finally:
             tune_cpu()
+        return self._back(fused), self._squared(error)
 
     def _has_holes(self):
         """Tell whether entries are missing, and not because a blur left a margin."""
@@ -487,7 +523,9 @@ class Self2Self:
         y, known = (x[:, :, rows, columns] for x in (self.y, self.known))
         seen = y.expand(self.bs, -1, -1, -1)
         if self.photons:
-            seen = self.masks.counts(self.photons * seen) / self.photons
+            # Below 0 the counts are of what lies below.
+            counts = self.masks.counts(self.photons * seen.abs())
+            seen = seen.sign() * counts / self.photons
         prediction, mask = self._sample(self.masks, seen, known, self.bs)
         judged = (known - mask if self.drop_rate else known) * self.inner
         judged = judged.expand_as(prediction)
@@ -500,7 +538,8 @@ class Self2Self:
         self.recent.lerp_(loss.detach(), 0.05)
         prediction = prediction.detach()
         self.prediction_std.copy_(prediction.std((2, 3)).max())
-        self.sigmoid_slope.copy_((prediction * (1 - prediction)).mean())
+        inner = prediction.clamp(self.bend, 1 - self.bend)
+        self.sigmoid_slope.copy_((inner * (1 - inner)).mean())
         if self.averaging_power is not None:
             self.sums[:, rows, columns] += self.weight * prediction.sum(0)
             squares = (self._planes(prediction) ** 2).sum(0)

@@ -348,7 +348,7 @@ def _first(x, mask, weight):
 
 
 def forward(network, x, mask, draw):
-    """Punet.forward: the same arguments, the same prediction."""
+    """Punet.forward up to the last sigmoid: the same arguments, the same map."""
     n, channels, height, width = x.shape
     rate = network.drop_rate
     image = F.pad(x, (0, 0, 0, 0, 0, -channels % 4))
@@ -380,7 +380,7 @@ def forward(network, x, mask, draw):
                 keep = keep.contiguous(memory_format=torch.channels_last)
             x = Layer.apply(x, bias, ratio, skip, keep, 1 / (1 - rate), weight)
             bias, ratio, skip = conv.bias, ones, None
-    return torch.sigmoid(x + bias.view(-1, 1, 1))
+    return x + bias.view(-1, 1, 1)
 
 
 def usable(x):

@@ -117,6 +117,51 @@ def damaged(rng, files):
             yield f"{stem}-{'cut' if n < 3 else 'flipped'}{n}.{suffix}", wrong
 
 
+def tiffs(rng):
+    """Return names and contents of TIFFs as microscopes, scanners and editors write them."""
+    gray, stack, planar = (
+        rng.integers(0, 2**16, shape).astype(np.uint16)
+        for shape in ((37, 41), (2, 3, 37, 41), (3, 37, 41))
+    )
+    rgb, rgba = pixels(rng, "uint8", 3), pixels(rng, "uint8", 4)
+    alpha = {"photometric": "rgb", "extrasamples": ["assocalpha"]}
+    separate = {"photometric": "rgb", "planarconfig": "separate"}
+    tiled = {"photometric": "rgb", "tile": (16, 16)}
+    kinds = {
+        "planar": (planar, separate),
+        "pages": (planar, {"photometric": "minisblack", "metadata": None}),
+        "imagej": (stack, {"imagej": True, "metadata": {"axes": "ZCYX", "unit": "um"}}),
+        "imagejlut": (
+            rgb[..., 0],
+            {"imagej": True, "colormap": stack[0, :, :1, 0] + np.zeros((3, 256), "u2")},
+        ),
+        "ome": (stack, {"ome": True, "metadata": {"axes": "ZCYX"}}),
+        "white": (gray, {"photometric": "miniswhite"}),
+        "straight": (rgba, alpha | {"extrasamples": ["unassalpha"]}),
+        "premultiplied": (rgba, alpha),
+        "cmyk": (rgba, {"photometric": "separated"}),
+        "zstd": (rgb, tiled | {"compression": "zstd"}),
+        "lzma": (rgb, tiled | {"compression": "lzma"}),
+        "jpeg": (rgb, tiled | {"compression": "jpeg"}),
+        "predictor": (gray, {"compression": "lzw", "predictor": True}),
+        "bits4": (gray.astype("u1") % 16, {"bitspersample": 4}),
+        "half": (pixels(rng, "float16", 1), {}),
+        "palette": (
+            rgb[..., 0],
+            {"photometric": "palette", "colormap": np.zeros((3, 256), "u2")},
+        ),
+    }
+    made = [
+        (f"{k}.tif", written(tifffile.imwrite, x, **a)) for k, (x, a) in kinds.items()
+    ]
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
+        file.write(rgb[::2, ::2], photometric="rgb", subfiletype=1)
+        file.write(rgb, photometric="rgb", subifds=1)
+        file.write(rgb[::2, ::2], photometric="rgb", subfiletype=1)
+    return [*made, ("pyramid.tif", buffer.getvalue())]
+
+
 def pictures(rng, bombs):
     """Yield names and contents of image files."""
     kinds = {"png": ("uint8", "uint16"), "jpg": ("uint8",)}
@@ -126,7 +171,7 @@ def pictures(rng, bombs):
         for s, dtypes in kinds.items()
         for d, c in itertools.product(dtypes, (1, 3) if s == "jpg" else (1, 3, 4))
     ]
-    yield from damaged(rng, whole)
+    yield from damaged(rng, [*whole, *tiffs(rng)])
     rgb = Image.fromarray(pixels(rng, "uint8", 3))
     for mode, suffix in itertools.product(
         ("P", "1", "L", "LA", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F", "LAB"),
@@ -282,8 +327,9 @@ def judge(path):
                 array = deblur.read_psf(path)
                 fits = array.ndim == 2 and abs(array.sum() - 1) < 1e-6
             else:
-                array = utils.read_picture(path).image
-                fits = array.shape[0] in (1, 3) and min(array.shape[1:]) >= 32
+                for plane in utils.planes(path)[:3]:
+                    array = utils.read_picture(plane).image
+                    fits = array.shape[0] in (1, 3) and min(array.shape[1:]) >= 32
         fits = fits and np.isfinite(array).all() and not warned
         return (
             "usable" if fits else f"{array.shape}, {[str(w.message) for w in warned]}"

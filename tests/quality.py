@@ -52,15 +52,17 @@ def settings(task, text, steps, seed, device, sigma, kernel):
     return args
 
 
-def learn(learner, y, operator, clean, args):
+def learn(y, operator, clean, args):
     """Return one run's scores.
 
     PSNR, SSIM, seconds, whether the network lived, the plain ensemble's PSNR, predicted
     over true squared error, and their correlation.
     """
     started = time.perf_counter()
-    deaths = []
-    learner.begin(y, operator, on_restart=deaths.append)
+    deaths, blurred = [], operator is not denoise.identity
+    scale = recipes.choose_scale(args, y, np.ones((1, 1, 1)), True, blurred)
+    learner = Self2Self(**recipes.learner_settings(args, scale.span))
+    learner.begin(y, operator, scale=scale, on_restart=deaths.append)
     while learner.step < args.iteration:
         learner.train_step()
     restored = ensemble = learner.predict(args.num_prediction)
@@ -162,7 +164,7 @@ def main():
             print(key, scores[key])
         return scores[key]
 
-    tables, learners = {}, {}
+    tables = {}
     cases = itertools.product(args.sigmas, args.seeds, files)
     for sigma, seed, file in cases:
         clean = utils.read_picture(file, args.crop).image
@@ -177,7 +179,6 @@ def main():
         for text, steps in itertools.product(args.recipes, args.steps):
             chosen = settings(args.task, text, steps, seed, device, sigma, args.kernel)
             made_with = recipes.learner_settings(chosen)
-            learner = learners.setdefault(str(made_with), Self2Self(**made_with))
             values = measured(
                 (
                     *place,
@@ -186,7 +187,7 @@ def main():
                     chosen.fuse,
                     made_with,
                 ),
-                *(learn, learner, y, operator, clean, chosen),
+                *(learn, y, operator, clean, chosen),
             )
             rows.setdefault(f"{text}, {chosen.iteration} steps", []).append(values)
 

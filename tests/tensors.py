@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from network.recipes import RECIPES
+from network.scale import UNIT
 from network.self2self import Self2Self
 
 DOUBLE = {"dtype": torch.float64}
@@ -47,12 +48,13 @@ def without_pass(pilot, *_):
     yield pilot, torch.zeros_like(pilot)
 
 
-def begun(y, operator=identity, **settings):
-    """A learner that has begun on y."""
+def begun(y, operator=identity, scale=UNIT, known=None, **settings):
+    """A learner that has begun on y, as it is unless another scale is given."""
     defaults = RECIPES["paper"] | {"lr": 1e-3, "bs": 1, "seed": 0, "device": "cpu"}
     del defaults["fuse"]
+    del defaults["own_scale"]
     learner = Self2Self(**defaults | {"photons": None} | settings)
-    learner.begin(y, operator)
+    learner.begin(y, operator, known, scale=scale)
     return learner
 
 

@@ -6,6 +6,7 @@ that whatever mixes them with the host's is noticed, and reading one raises an e
 
 import math
 import traceback
+import types
 
 import pytest
 import torch
@@ -89,8 +90,8 @@ def on_meta(monkeypatch):
 def transfers(recipe, channels, operator, **changes):
     """Return what a step of a recipe brings in from the host."""
     settings = recipes.decided(recipe, torch.device("cuda"), 25.0)
-    settings |= {"bs": 1, "seed": 0, "device": META, "photons": None}
-    del settings["fuse"]
+    args = settings | {"bs": 1, "seed": 0, "device": META, "real_noise": None}
+    settings = recipes.learner_settings(types.SimpleNamespace(**args))
     learner = Self2Self(**settings | {"start": "default"} | changes)
     learner.begin(random_image(channels, 40, 45), operator)
     learner._train()  # the first one makes what lasts

@@ -11,6 +11,7 @@ from test_options import parse
 from test_similar import decibels, saved
 
 from network import fusion, missing
+from network.scale import UNIT
 
 
 def naive_spread(residual, known):
@@ -89,7 +90,7 @@ def test_channels_with_holes_of_their_own():
 def test_learner_fuses_what_it_knows(monkeypatch):
     y, known = random_image(1, 40, 33), torch.from_numpy(holes(0.5, (1, 40, 33)))
     learner = begun(y)
-    learner.begin(y, lambda x: x, known)
+    learner.begin(y, lambda x: x, known, scale=UNIT)
     ensemble = train(learner, 2).predict(3)
     expected = missing.fuse(ensemble, learner.variance, y, known)
     for made, other in zip(learner.fuse(ensemble, 20), expected, strict=True):

@@ -10,6 +10,7 @@ from scripts import files, run, without_seconds, write
 from tensors import begun, identity, random_image, train
 
 from network import Self2Self
+from network.scale import UNIT
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_a_network_that_dies_does_not_begin_there_again():
     y = random_image(1, 32, 33)
     weights = train(begun(y), 2).network_weights()
     fresh, learner = begun(y), begun(y)
-    learner.begin(y, identity, weights=weights)
+    learner.begin(y, identity, weights=weights, scale=UNIT)
     assert same(learner.network_weights(), weights)
     for other in (fresh, learner):
         other.restart()

@@ -4,6 +4,7 @@ import argparse
 import io
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_a_flag_wins_over_the_script_and_the_script_over_the_recipe(monkeypatch)
     fast = parse("--sigma 5")
     assert fast | recipes.decided("fast", CPU, 5) == fast
     paper = parse("--sigma 5 --recipe paper")
-    assert paper | recipes.decided("paper", CPU) == paper
+    assert paper | recipes.decided("paper", CPU, 5) == paper
     changed = {k for k in fast if fast[k] != paper[k]}
     changed |= {"precision"}  # not on every processor
     assert changed == recipes.RECIPES["fast"].keys() | {"recipe"}
@@ -72,7 +73,15 @@ def test_a_flag_wins_over_the_script_and_the_script_over_the_recipe(monkeypatch)
     ],
 )
 def test_fast_goes_by_the_noise_where_it_is_known(flags, drop_rate, power):
-    chosen, blurred = parse(flags), parse(flags, "deblur")
+    def settings(task="denoise", span=1.0):
+        return recipes.learner_settings(SimpleNamespace(**parse(flags, task)), span)
+
+    chosen, blurred = settings(), settings("deblur")
+    # noise counts against the range that the picture fills
+    known = "observed" not in flags and "paper" not in flags
+    wide, narrow = settings(span=1e9), settings(span=1e-9)
+    assert wide["drop_rate"] == (0.2 if power else 0.3)
+    assert narrow["drop_rate"] == (0.3 if known and flags != "--sigma 0" else drop_rate)
     assert (chosen["drop_rate"], chosen["averaging_power"]) == (drop_rate, power)
     assert blurred["drop_rate"] == (0.2 if power else 0.3)
     assert blurred["averaging_power"] == (3 if power else None)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import scipy.io
+import tifffile
 from PIL import Image, ImageCms
 from scripts import QUICK, RNG, ROOT, SCRIPTS, files, run, without_seconds, write
 
@@ -179,6 +181,41 @@ def test_a_damaged_colour_profile_is_left_out():
     assert run("denoise", "--path in/a.jpg --test_frequency 4") == 0
     (noisy,) = Path("images").rglob("noisy.png")
     assert "icc_profile" not in Image.open(noisy).info
+
+
+def test_a_file_that_cannot_be_written_is_named_and_the_picture_kept():
+    """Files over half a mebibyte cannot: the checkpoints. Names need not suit the font."""
+    for name in ("\u56fe", "\u7d75"):
+        write(f"in/{name}.png", side=40)
+    command = f"ulimit -f 1024; exec python {shlex.quote(str(ROOT / 'denoise.py'))}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} --path in --observed {QUICK}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    *each, last = done.stderr.splitlines()
+    assert len(each) == 2 and "2 of 2 images failed" in last
+    for line in each:
+        assert "checkpoint.pt: " in line and "the result of step 2 is kept" in line
+    for name in ("restored", "comparison", "uncertainty"):
+        assert len(list(Path("images").rglob(f"{name}.png"))) == 2
+
+
+def test_a_stack_that_cannot_be_joined_is_named(monkeypatch, capsys):
+    given = RNG.integers(0, 99, (2, 40, 40), np.uint8)
+    tifffile.imwrite("a.tif", given, photometric="minisblack")
+    write_planes = tifffile.TiffWriter.write
+
+    def full(writer, data, shape, **told):
+        if len(shape) == 3:
+            raise OSError("1600 requested and 0 written")  # as NumPy says it
+        return write_planes(writer, data, shape=shape, **told)
+
+    monkeypatch.setattr(tifffile.TiffWriter, "write", full)
+    assert run("denoise", "--path a.tif --iteration 1") == 1
+    assert "restored.tif: 1600 requested and 0" in capsys.readouterr().err
 
 
 def test_nothing_is_set_aside_where_a_killed_run_left_nothing():

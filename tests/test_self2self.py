@@ -21,6 +21,7 @@ from tensors import (
 from torch import nn
 
 from network.masks import BernoulliMasks, flip
+from network.scale import UNIT
 from network.self2self import dropped_loss
 
 
@@ -226,7 +227,7 @@ def test_learner_goes_on_from_a_state(optimizer, power):
 def test_second_image_is_learnt_like_a_first(shape, operator):
     learner = train(begun(random_image(1, 32, 33), averaging_power=2), 3)
     second = random_image(*shape, seed=1)
-    learner.begin(second, operator)
+    learner.begin(second, operator, scale=UNIT)
     fresh = begun(second, operator, averaging_power=2)
     np.testing.assert_array_equal(learner.predict(2), fresh.predict(2))
     train(learner, 3)
@@ -384,7 +385,7 @@ def test_second_image_is_learnt_like_a_first_by_the_same_graph():
     first, second = (random_image(1, 64, 64, seed=seed) for seed in (0, 1))
     learner = train(begun(1 - first**4, device="cuda"), 5)
     graph = learner.graph
-    learner.begin(second, identity)
+    learner.begin(second, identity, scale=UNIT)
     train(learner, 5)
     fresh = train(begun(second, device="cuda"), 5)
     assert learner.graph is graph
@@ -452,7 +453,7 @@ def test_start_at_the_mean():
 def test_a_network_that_a_dark_picture_kills_lives_at_the_second_start():
     y, notes = 0.02 + 0.15 * random_image(1, 32, 32), []
     learner = begun(y, lr=1e-4)
-    learner.begin(y, identity, on_restart=notes.append)
+    learner.begin(y, identity, scale=UNIT, on_restart=notes.append)
     assert train(learner, 99).step == 99 and not notes
     assert train(learner, 1).step == 0
     assert notes and "by step 100" in notes[0] and "5e-05" in notes[0]

@@ -75,8 +75,10 @@ def test_colours_are_red_green_blue(tmp_path):
 
 def test_quantising_rounds_and_clips():
     values = np.array([-0.3, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.7])
-    assert utils.quantise(values, np.dtype(np.uint8)).tolist() == [0, 0, 1, 255, 255]
-    assert utils.quantise(0.5, np.dtype(np.uint16)) == 32768
+    kinds = [np.dtype(kind) for kind in (np.uint8, np.int16, np.float32)]
+    assert utils.quantise(values, kinds[0], 255).tolist() == [0, 0, 1, 255, 255]
+    assert utils.quantise([-2, 0.5], kinds[1], 2**15 - 1).tolist() == [-(2**15), 16384]
+    assert utils.quantise(values, kinds[2], 1) == pytest.approx(values)
 
 
 def test_centre_crop(tmp_path):

@@ -9,6 +9,7 @@ from tensors import begun, block_mask, identity, random_image, train
 
 from deblur import CircularBlur
 from network import self2self, windows
+from network.scale import UNIT
 from network.windows import tiles, window_place
 
 
@@ -100,7 +101,7 @@ def test_unknown_entries_are_neither_seen_nor_judged(window):
         learner = begun(y)
         learner.window_side = window
         learner.y = None
-        learner.begin(y * known + value * (1 - known), identity, known=known)
+        learner.begin(y * known + value * (1 - known), identity, known)
         learners.append(train(learner, 3))
     assert learners[0].mean_loss() == learners[1].mean_loss() > 0
     results = [learner.predict(2) for learner in learners]
@@ -113,7 +114,7 @@ def test_holes_do_not_hide_that_a_network_has_died():
     swinging = 0.2 + 0.7 * (torch.arange(32) % 2).expand(1, 1, 32, 32)
     for value, alive in ((swinging, False), (torch.full((1, 1, 32, 32), 0.9), True)):
         learner = begun(y)
-        learner.begin(y * known, identity, known=known)
+        learner.begin(y * known, identity, known, scale=UNIT)
         train(learner, 1)
         learner.step, learner.recent = 100, ((value - y) ** 2).mean()
         learner.prediction_std.copy_(value.std())
@@ -132,7 +133,7 @@ def test_the_loss_of_known_entries_alone(monkeypatch):
     self2self_loss = self2self.dropped_loss
     monkeypatch.setattr(self2self, "dropped_loss", spy)
     learner = begun(y)
-    learner.begin(y, identity, known=known)
+    learner.begin(y, identity, known)
     train(learner, 1)
     assert (seen[0] <= known).all()
     share = seen[0].sum() / known.sum()
