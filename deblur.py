@@ -13,52 +13,46 @@ import torch
 
 import utils
 from network import Self2Self, recipes
+from network.fusion import estimate_sigma
 
 LARGEST_PSF = 4096  # side, pixels; as --kernel_size
 
 DEFAULTS = {
     # What to restore
-    "path": "camera",  # image file, folder of images, or name of a scikit-image image
-    "crop": 0,  # side of a centre crop, pixels; 0 = whole image
-    "sigma": 10.0,  # noise added: standard deviation on the 0-255 scale; 0 = none
-    "observed": False,  # True: the image is blurred already, nothing is simulated
-    "reference": None,  # clean image file to score an observed one against, or None
-    "mask": None,  # image file, 0 where a pixel is missing, or None
-    "missing": 0.0,  # share of the pixels to hide, in [0, 1)
+    "path": "camera",  # image file, folder, or name of a scikit-image image
+    "crop": 0,  # pixels; 0: the whole image
+    "sigma": 10.0,  # to add, 0-255 scale
+    "observed": False,
+    "noise_sigma": None,  # an observed image's, 0-255 scale
+    "reference": None,
+    "mask": None,
+    "missing": 0.0,  # share, in [0, 1)
     # What blurred it
-    "kernel_size": 15,  # side of the Gaussian PSF, pixels
-    "kernel_sigma": 1.0,  # its standard deviation, pixels
-    "kernel": None,  # file of any other PSF (.mat, .npy or an image), or None
-    "boundary": None,  # wrap: circular; valid: a camera's; None: valid if observed
-    # How it learns; None: as the recipe has it, in network/recipes.py
-    "recipe": "fast",  # fast: 500 steps; paper: as published, 150,000
-    "drop_rate": None,  # p of the Bernoulli mask and of the dropout, in [0, 1)
-    "iteration": None,  # training steps
-    "lr": None,  # learning rate
-    "optimizer": None,  # adam, adamw or muon
-    "window": None,  # side of the windows that it learns from, pixels; 0 = the whole
-    "precision": None,  # float32, or bfloat16 on a CPU: faster if it has instructions
-    "fuse": None,  # on: give the ensemble back what its residual holds besides noise
-    "bs": 1,  # Bernoulli samples of the observation per step
-    "real_noise": None,  # True: steps see the image drawn anew, as photons
-    "seed": 0,  # of noise, weights, masks and dropout
-    "device": "auto",  # auto, cpu, cuda, cuda:N or mps
+    "kernel_size": None,  # pixels; 15
+    "kernel_sigma": None,  # pixels; 1.0
+    "kernel": None,  # file
+    "boundary": None,  # wrap, valid
+    # How it learns; None: the recipe decides, in network/recipes.py
+    "recipe": "fast",  # fast, paper
+    "drop_rate": None,  # in [0, 1)
+    "iteration": None,  # steps
+    "lr": None,
+    "optimizer": None,  # adam, adamw, muon
+    "window": None,  # pixels; 0: the whole picture
+    "precision": None,  # auto, float32, bfloat16
+    "fuse": None,  # on, off
+    "bs": 1,
+    "real_noise": None,
+    "seed": 0,
+    "device": "auto",  # auto, cpu, cuda, cuda:N, mps
     # What it predicts and writes
-    "init": None,  # checkpoint whose weights to begin with, previous (image's), or None
-    "resume": False,  # True: go on from the checkpoint of an interrupted run
-    "test_frequency": 1000,  # steps between ensemble predictions
-    "num_prediction": 100,  # predictions averaged
-    "noise_sigma": None,  # an observed image's sigma, for fusing; None: estimated
-    "model_type": "deblur",  # name of the results folder
-    "log_path": "./logs/deblur/log.txt",  # its .csv and .png stand beside it
+    "init": None,  # file, previous
+    "resume": False,
+    "test_frequency": 1000,  # steps
+    "num_prediction": 100,
+    "model_type": "deblur",
+    "log_path": "./logs/deblur/log.txt",
 }
-
-
-def decide(args):
-    """Return what the recipe decides; a camera's noise is not known, nor white."""
-    fuse = bool(args.sigma) and not (args.observed or args.mask or args.missing)
-    others = {"boundary": "valid" if args.observed else "wrap", "real_noise": False}
-    return others | recipes.decided(args.recipe, args.device, fuse=fuse)
 
 
 def gaussian_psf(size, sigma):
@@ -165,65 +159,79 @@ class CircularBlur:
 
 
 def off_centre(psf):
-    """Say in a sentence that a PSF (h, w) moves the picture; None for under a pixel."""
+    """Say in a line that a PSF (h, w) moves the picture; nothing for under a pixel."""
     down, right = (
         (psf.sum(1 - axis) * np.arange(size)).sum() - size // 2
         for axis, size in enumerate(psf.shape)
     )
     if np.hypot(down, right) <= 1:
-        return None
+        return ""
     return (
         f"The PSF's mass lies {abs(right):.1f} pixels {'right' if right > 0 else 'left'} "
         f"of its array's centre and {abs(down):.1f} {'below' if down > 0 else 'above'}: "
-        "the restored picture is moved as far the other way."
+        "the restored picture is moved as far the other way.\n"
     )
 
 
-def chosen_psf(args):
+def choose_psf(args):
     """Return the PSF (h, w), and its name for the results folder."""
     if args.kernel:
-        psf = read_psf(args.kernel)
-        return psf, utils.contents_name(args.kernel)
-    psf = gaussian_psf(args.kernel_size, args.kernel_sigma)
-    return psf, f"gaussian{args.kernel_size}-{args.kernel_sigma:g}"
+        return read_psf(args.kernel), utils.contents_name(args.kernel)
+    size, sigma = args.kernel_size or 15, args.kernel_sigma or 1.0
+    return gaussian_psf(size, sigma), f"gaussian{size}-{sigma:g}"
+
+
+def choose(args, y, result):
+    """Return this picture's recipe, and its noise's sigma, None where it is not known."""
+    sigma = args.noise_sigma if args.observed else args.sigma
+    recipe = recipes.adapt(
+        args.recipe,
+        y,
+        result.known,
+        given=vars(args),
+        fuse=bool(sigma and not (args.mask or args.missing)),
+        eight_bits=result.eight_bits,
+        blurred=True,
+    )
+    if recipe.fuse and sigma is None:
+        sigma = estimate_sigma(y[result.place])
+    return recipe, sigma
+
+
+def restore(args, run, result, psf, blur):
+    """Learn one picture, and write its results."""
+    wanted = args.boundary or ("valid" if args.observed else "wrap")
+    x, known = result.read(blur.margin) if wanted == "valid" else result.read()
+    noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
+    blurred = blur(torch.from_numpy(x)[None])[0].numpy()
+    y = known * (x if args.observed else blurred + noise)
+    recipe, sigma = choose(args, y, result)
+    weights = run.initial_weights(len(x))
+    learner = Self2Self(y, blur, known, recipe, args.seed, args.device, weights)
+    result.begin(learner, y, sigma, psf, noise=noise, blurred=blurred)
+    result.resume(learner)  # with --resume
+    while learner.step < recipe.iteration:
+        learner.train_step()  # a network that dies starts over, at step 0
+        if result.is_test(learner.step) and learner.alive():
+            restored = learner.predict(args.num_prediction, result.advance)
+            result.add(learner, restored, learner.fuse(restored, sigma))
+        result.keep(learner)
+    result.finish()
 
 
 def main(argv=None):
     """Run the script; return its exit status."""
-    args = utils.parse_arguments(__doc__, DEFAULTS, decide, argv)
+    args = utils.parse_arguments(__doc__, DEFAULTS, recipes.RECIPES, argv)
     try:
-        psf, psf_name = chosen_psf(args)
-    except utils.InputError as error:
-        return utils.fail(error)
-    run = utils.Run(args, DEFAULTS | decide(args), psf_name)
-    blur = CircularBlur(psf)
-    valid, note = args.boundary == "valid", off_centre(psf)
-    if note:
-        print(note)
+        psf, psf_name = choose_psf(args)
+    except (utils.InputError, OSError) as error:
+        utils.report(utils.reason(error))
+        return 2
+    run, blur = utils.Run(args, DEFAULTS, psf_name), CircularBlur(psf)
+    print(off_centre(psf), end="")
     for path in run.paths:
         with run.image(path) as result:  # an error is reported, the next image goes on
-            x, known = result.read(blur.margin) if valid else result.read()
-            noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
-            blurred = blur(torch.from_numpy(x)[None])[0].numpy()
-            y = known * (x if args.observed else blurred + noise)
-            scale = recipes.choose_scale(args, y, known, result.eight_bits, True)
-            weights = run.initial_weights(len(x))
-            learner = Self2Self(**recipes.learner_settings(args, scale.span))
-            learner.begin(y, blur, known, weights, scale, result.start_over)
-            # with --resume: at its checkpoint
-            result.begin(learner, y, noise=noise, blurred=blurred, kernel=psf)
-            while learner.step < args.iteration:
-                learner.train_step()  # a network that dies starts over, at step 0
-                if result.is_test(learner.step) and learner.alive():
-                    ensemble = learner.predict(args.num_prediction)
-                    fuse = args.fuse == "on"
-                    fused = learner.fuse(ensemble, result.sigma) if fuse else ()
-                    result.add(learner, ensemble, *fused)
-                if run.stopped or result.is_due(learner.step):
-                    result.save_checkpoint(learner)
-                run.advance(learner.step)
-            result.finish()
-            run.keep_weights(learner)
+            restore(args, run, result, psf, blur)
     return run.finish()
 
 

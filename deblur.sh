@@ -5,8 +5,6 @@ exec python -u "$(dirname "$0")/deblur.py" \
     --path camera \
     --recipe fast \
     --sigma 10 \
-    --kernel_size 15 \
-    --kernel_sigma 1.0 \
     --bs 1 \
     --seed 0 \
     --test_frequency 1000 \

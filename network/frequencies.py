@@ -43,7 +43,7 @@ def wiener(residual, noise):
 
 
 def _wiener(residual, noise, basis):
-    """The same of (1, 1, H + 2 REACH, W + 2 REACH), of which (1, 1, H, W) is left."""
+    """Filter a plane (1, 1, H + 2 REACH, W + 2 REACH); return its inner (1, 1, H, W)."""
     edge = WINDOW // 2
     waves = F.conv2d(residual, basis, stride=STRIDE)  # (1, PATCH^2, h, w)
     energy = F.avg_pool2d(waves**2, WINDOW, 1)

@@ -8,10 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from network.frequencies import wiener
-from network.similar import filter_slabs, loudness
+from network.similar import filter_slabs, noise_levels
 
 BINS = 8  # of the residual's spectrum, along either side
-QUIET = 0.25  # share of its bins taken to hold hardly anything but noise
+QUIET_SHARE = 0.25  # share of its bins taken to hold hardly anything but noise
 
 # A frequency of which a blur has left less power than this is not regained, whatever the
 # noise: rounding would be multiplied.
@@ -23,10 +23,11 @@ AMPLIFICATION = 12
 LEAST_SIGMA = 0.5  # noise, 0-255 scale, up to which there is no second pass
 AROUND = 25  # pixels a side, over which the residual's energy tells what f missed
 
-# Measured on crops of House, Peppers and kodim01, sigma 10 to 50:
-SPREAD = 2.2  # the ensemble's squared error, in units of its predictions' variance
-CAUTION = 0.001  # energy taken for noise over the noise's, per (noise over error)^2
-GAIN = 0.3  # of the squared error that comes with y, what the second pass removes
+# Measured on crops of House, Peppers and kodim01, sigma 10 to 50. With e the ensemble's
+# squared error, s^2 the noise's variance and q = s^2 / e:
+SPREAD = 2.2  # e = SPREAD * the predictions' variance
+CAUTION = 0.001  # energy taken for noise = s^2 * (1 + min(1, CAUTION * q^2))
+GAIN = 0.3  # of a share l of e that is left, the second pass leaves l * (1 - GAIN * (1 - l))
 
 
 def opponent(like):
@@ -59,7 +60,7 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
 
     A second pass over similar patches follows: see `similar.filter_slabs`. Its
     observation is y, or under a blur f + r / A's transfer function, and with the result
-    in f's place once more. Where the pass risks more than f errs, f is kept: see `judged`.
+    in f's place once more. Where the pass risks more than f errs, f is kept: see `keep_safer`.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
@@ -81,13 +82,14 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
     planes = opponent(y)
     y, f = (torch.tensordot(planes, x, 1) for x in (y, f))
     # No array is kept that is not needed again: of large pictures memory is short.
+    del ensemble, observation
     mean = SPREAD * variance.mean((1, 2), keepdim=True).clamp(min=1e-12)
     residual = known * (y - forward_operator(f[None])[0])
     impulse = y.new_zeros(1, 1, *size)
     impulse[..., 0, 0] = 1
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
-    noise = quiet(residual) / known.mean() - mean.mean() * power.mean()
+    noise = quiet_energy(residual) / known.mean() - mean.mean() * power.mean()
     noise = max((sigma / 255) ** 2, noise.item())
     passed = bounded(power, noise / mean)
     ratio = noise * (1 / passed).mean((1, 2), keepdim=True) / mean
@@ -108,20 +110,20 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
             restored += best
             left_over = noise * inverse.abs() ** 2
             del inverse
-            given = f, variance, restored, loudness(left_over)
+            given = f, variance, restored, noise_levels(left_over)
             slabs, top = [], 0
             for slab in filter_slabs(pilot, restored, left_over):
-                slabs.append(judged(*slab, top, *given))
+                slabs.append(keep_safer(*slab, top, *given))
                 top += slabs[-1].shape[1]
             del restored, given
             pilot = best = torch.cat(slabs, 1)
     fused = torch.tensordot(planes.T, pilot, 1)
     # of planes that err independently
     error = torch.tensordot(planes.T**2 * (SPREAD * left).flatten(), variance, 1)
-    return fused.cpu(), error.cpu()
+    return fused.cpu().numpy(), error.cpu().numpy()
 
 
-def judged(estimate, risk, top, f, variance, restored, levels):
+def keep_safer(estimate, risk, top, f, variance, restored, levels):
     """Take f in a slab where the second pass risks more than f errs.
 
     How much f errs its predictions' variance tells, or the energy nearby of what the
@@ -159,8 +161,8 @@ def convolve(images, transfers):
     )
 
 
-def quiet(residual):
-    """Return the energy that all but the quiet quarter of a residual's spectrum reach."""
+def quiet_energy(residual):
+    """Return the energy of a residual's spectrum that its quietest quarter stays below."""
     spectra = (torch.fft.rfft2(plane, norm="ortho").abs() ** 2 for plane in residual)
     bins = [
         [
@@ -170,7 +172,7 @@ def quiet(residual):
         ]
         for spectrum in spectra  # one by one, for memory's sake
     ]
-    return torch.tensor(bins).mean(0).quantile(QUIET).item()
+    return torch.tensor(bins).mean(0).quantile(QUIET_SHARE).item()
 
 
 def estimate_sigma(observation):

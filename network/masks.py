@@ -71,7 +71,7 @@ class BernoulliMasks:
         n, c, h, w = shape
         return kept.view(n, h, w, c).permute(0, 3, 1, 2)
 
-    def counts(self, mean):
+    def poisson(self, mean):
         """Draw Poisson numbers, float32, of the given means: below 0 as of 0."""
         mean = mean.clamp(min=0)
         if self.device.type == "cuda":

@@ -49,8 +49,8 @@ def fuse(ensemble, variance, observation, known):
     fused = torch.where(known > 0, y, result)
     error = SPREAD * variance * (1 - known)
     return (
-        torch.tensordot(planes.T, fused, 1).cpu(),
-        torch.tensordot(planes.T**2, error, 1).cpu(),
+        torch.tensordot(planes.T, fused, 1).cpu().numpy(),
+        torch.tensordot(planes.T**2, error, 1).cpu().numpy(),
     )
 
 

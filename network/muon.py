@@ -1,5 +1,7 @@
 """Muon (Jordan et al., 2024): steps along every direction of a weight matrix alike."""
 
+import copy
+
 import torch
 
 MOMENTUM = 0.95
@@ -7,6 +9,7 @@ MOMENTUM = 0.95
 # to between 0.68 and 1.14.
 QUINTIC = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
+MUON_CHANNELS = 32  # fewest, in and out, of a convolution that Muon steps
 
 
 def orthogonalise(matrices):
@@ -63,3 +66,40 @@ class Muon(torch.optim.Optimizer):
         steps = orthogonalise(matrices) * -scale
         steps = [x.view(weight.shape) for x, weight in zip(steps, weights)]
         torch._foreach_add_(weights, steps)
+
+
+def make_optimizers(network, name, beta2, rate):
+    """Return the optimisers of a network, whose tensors are all there and change in place.
+
+    Args:
+        network: its weights get gradients of zeros.
+        name, beta2: see recipes.Recipe.
+        rate: the learning rate, a tensor on the weights' device.
+    """
+    wide, rest = [], []
+    for weight in network.parameters():
+        weight.grad = torch.zeros_like(weight)
+        fits = weight.ndim == 4 and min(weight.shape[:2]) >= MUON_CHANNELS
+        (wide if name == "muon" and fits else rest).append(weight)
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    adam = kind(
+        rest,
+        lr=rate,
+        fused=True,
+        betas=(0.9, beta2),
+        capturable=rate.device.type == "cuda",
+    )
+    optimizers = [adam, Muon(wide, rate)] if wide else [adam]
+    before = copy.deepcopy(network.state_dict())
+    for optimizer in optimizers:
+        optimizer.step()  # makes the averages
+    network.load_state_dict(before)
+    for tensor in moments(optimizers):
+        tensor.zero_()
+    return optimizers
+
+
+def moments(optimizers):
+    """List the optimisers' tensors."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return [value for state in states for value in state.values()]

@@ -106,7 +106,7 @@ class Punet(nn.Module):
             keep_skip = keep[:, -skip.shape[1] :]
             keep_x = keep[:, :c] if self.drop_upsampled else None
         if keep_x is None:
-            of_x = phases(of_x)
+            of_x = phase_weights(of_x)
         of_x, of_skip, bias = (t.to(x.dtype) for t in (of_x, of_skip, conv.bias))
         skip = EdgePad.apply(keep_skip, skip, None)
         joined = F.conv2d(*two_channels(skip, of_skip), bias)
@@ -216,7 +216,7 @@ class EdgePad(torch.autograd.Function):
         return None, grad_x, None
 
 
-def phases(weight):
+def phase_weights(weight):
     """Return what convolves a map before its nearest x2 upsampling as `weight` would after.
 
     Args:
@@ -238,7 +238,7 @@ def phases(weight):
 
 
 class AddUpsampled(torch.autograd.Function):
-    """Add what `phases` convolved to a map, (N, K, H, W), in place."""
+    """Add what `phase_weights` convolved to a map, (N, K, H, W), in place."""
 
     @staticmethod
     def forward(ctx, x, convolved):

@@ -1,110 +1,166 @@
-"""What a recipe decides, and why; network/README.md has the measurements behind it.
+"""How a network is trained: the settings, and the two recipes that choose them.
 
-Where a value is a dictionary it goes by the noise: from these sigmas on, where 255 stands
-for the range that the picture fills.
+network/README.md has the measurements behind the choices.
 """
 
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
-from network.scale import UNIT, find_scale
+from network.scale import UNIT, Scale, find_scale
+
+UNKNOWN_SIGMA = 25  # taken where the noise is not known
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting of a training.
+
+    In RECIPES a setting may be a dictionary that goes by the noise: its keys are sigmas
+    from which on a value holds, where 255 stands for the range that the picture fills.
+    """
+
+    # p of the Bernoulli mask and of the decoder's dropout, in [0, 1). 0: no sampling,
+    # every entry is judged.
+    drop_rate: float
+    # Whether dropout takes entries of upsampled maps, too: see Punet.
+    drop_upsampled: bool
+    # Training steps, which the schedule goes by.
+    iteration: int
+    # adam, adamw, or muon: Muon for the wide convolutions' weights, Adam for the rest.
+    optimizer: str
+    # Learning rate.
+    lr: float
+    # Decay of Adam's mean of squared gradients. With 0.9, as the mean of the gradients
+    # has, no step is larger than the learning rate.
+    beta2: float
+    # constant, or linear: the rate rises for the first twentieth of the steps and falls
+    # to 0 in a straight line.
+    schedule: str
+    # The partial convolutions' numerator: window, k*k as the TensorFlow layer has it, or
+    # entries, k*k*C, with which signals keep their size.
+    ratio: str
+    # default: PyTorch's initial weights; mean: the last bias is such that the first
+    # predictions have the observation's mean.
+    start: str
+    # Where the last sigmoid goes on as a straight line, in [0, 0.5): see Punet.
+    bend: float
+    # Whether an 8-bit picture, too, is learnt in units in which it fills about [0, 1].
+    own_scale: bool
+    # The training's own predictions join the ensemble, those of step t of T with weight
+    # (t / T)**averaging_power; None: they do not.
+    averaging_power: float | None
+    # Whether ensemble and observation are fused.
+    fuse: bool
+    # n, by which steps see the observation as drawn anew, Poisson(n y) / n, against noise
+    # that neighbours share (TensorFlow's mode for real noise); None: as it is.
+    photons: int | None
+    # Of feature maps and convolutions: float32, bfloat16, or auto: bfloat16 on a CPU that
+    # multiplies it. Weights, loss, optimisers and ensemble are float32.
+    precision: str
+    # Side of the windows that steps are trained on, pixels; a side of the picture that is
+    # no longer is taken whole. 0: the picture is the window.
+    window: int
+    # Bernoulli samples of the observation per step.
+    bs: int = 1
+    # The map to the learner's units.
+    scale: Scale = UNIT
+
 
 RECIPES = {
     # The released TensorFlow code's training: the published method.
-    "paper": {
-        "iteration": 150_000,
-        "drop_rate": 0.3,
-        "drop_upsampled": True,
-        "optimizer": "adam",
-        "lr": 1e-4,
-        "beta2": 0.999,  # PyTorch's default
-        "schedule": "constant",
-        "ratio": "window",  # full windows scaled by 1/C, as the TensorFlow layer does
-        "start": "default",  # PyTorch's initial weights
-        "bend": 0.0,  # the last layer's sigmoid as it is
-        "own_scale": False,  # an 8-bit picture is learnt on the [0, 1] scale
-        "averaging_power": None,  # the ensemble is of the last weights alone
-        "fuse": "off",
-        "precision": "float32",
-        "window": 0,  # the whole picture
-        "photons": 25,  # with --real_noise
-    },
+    "paper": Recipe(
+        drop_rate=0.3,
+        drop_upsampled=True,
+        iteration=150_000,
+        optimizer="adam",
+        lr=1e-4,
+        beta2=0.999,  # PyTorch's default
+        schedule="constant",
+        ratio="window",
+        start="default",
+        bend=0.0,
+        own_scale=False,
+        averaging_power=None,
+        fuse=False,
+        photons=25,
+        precision="float32",
+        window=0,
+    ),
     # Its quality and more in 500 steps.
-    "fast": {
-        "iteration": 500,
-        "drop_rate": {0: 0.2, 40: 0.3},  # much noise is overfitted sooner
-        "drop_upsampled": False,  # a step takes three quarters of the time
-        "optimizer": "muon",
-        "lr": 3e-3,
-        "beta2": 0.9,  # no step of Adam's is larger than the learning rate
-        "schedule": "linear",
-        "ratio": "entries",  # full windows scaled by 1: signals keep their size
-        "start": "mean",  # a large rate does not run into the sigmoid's flat ends
-        "bend": 0.1,  # what lies beyond the range of y can be reached
-        "own_scale": True,
-        # The training's predictions join the ensemble; of much noise more of the early.
-        "averaging_power": {0: 3, 40: 1},
-        "fuse": "on",
-        "photons": 100,  # with --real_noise: 25 blurs fine detail
-        "window": 384,  # pixels a side: large pictures cost no more than small ones
-        "precision": "auto",  # bfloat16 on a CPU that multiplies it, else float32
-    },
+    "fast": Recipe(
+        drop_rate={0: 0.2, 40: 0.3},  # much noise is overfitted sooner
+        drop_upsampled=False,  # a step takes three quarters of the time
+        iteration=500,
+        optimizer="muon",
+        lr=3e-3,
+        beta2=0.9,
+        schedule="linear",
+        ratio="entries",
+        start="mean",  # a large rate does not run into the sigmoid's flat ends
+        bend=0.1,  # what lies beyond the range of y can be reached
+        own_scale=True,
+        averaging_power={0: 3, 40: 1},  # of much noise more of the early ones
+        fuse=True,
+        photons=100,  # 25 blurs fine detail
+        precision="auto",
+        window=384,  # large pictures cost no more than small ones
+    ),
 }
-UNKNOWN_SIGMA = 25  # taken where the noise is not known
+
+
+def adapt(
+    name,
+    y,
+    known=None,
+    sigma=None,
+    *,
+    given=None,
+    fuse=None,
+    real_noise=False,
+    eight_bits=False,
+    blurred=False,
+):
+    """Return a recipe as it is for one picture.
+
+    Args:
+        name: of one of RECIPES.
+        y, known: the observation and what is known of it: see Self2Self.
+        sigma: standard deviation of its white noise, by which the recipe goes, where 255
+            stands for 1 in y's units; None where it is not known.
+        given: what is to be otherwise: Recipe's fields, `real_noise`, `num_prediction` and
+            `device` (a torch.device) -> value. None, and any other key, says nothing.
+        fuse: whether fusing may be worth it; None: where sigma is known.
+        real_noise: whether the noise is a camera's, against which photons help.
+        eight_bits: whether y comes from a file of 8 bits, which `paper` takes as it is.
+        blurred: whether y is blurred.
+    """
+    recipe, given = (
+        RECIPES[name],
+        {k: v for k, v in (given or {}).items() if v is not None},
+    )
+    fuse = sigma is not None if fuse is None else fuse
+    known = np.ones((1, 1, 1)) if known is None else known
+    as_published = eight_bits and not recipe.own_scale
+    scale = UNIT if as_published else find_scale(y, known, blurred)
+    level = UNKNOWN_SIGMA if sigma is None else sigma / scale.slope()
+    values = dataclasses.asdict(recipe) | {"scale": scale, "fuse": recipe.fuse and fuse}
+    for field, value in values.items():
+        if isinstance(value, dict):
+            values[field] = next(v for k, v in reversed(value.items()) if k <= level)
+        values[field] = given.get(field, values[field])
+    values["fuse"] &= values["drop_rate"] > 0 and given.get("num_prediction", 2) > 1
+    if not given.get("real_noise", real_noise):
+        values["photons"] = None
+    if values["precision"] == "auto":
+        fast = multiplies_bfloat16(given.get("device", torch.device("cpu")))
+        values["precision"] = "bfloat16" if fast else "float32"
+    return Recipe(**values)
 
 
 def multiplies_bfloat16(device):
     """Tell whether a torch.device is a CPU that has instructions for bfloat16."""
     able = torch.cpu.get_capabilities()
     return device.type == "cpu" and any(map(able.get, ("avx512_bf16", "amx_bf16")))
-
-
-def decided(recipe, device, sigma=None, fuse=True):
-    """Return what a recipe decides, option or ingredient -> value.
-
-    What goes by the noise is a list of pairs, [sigma, value]: see learner_settings.
-
-    Args:
-        recipe: name of one of RECIPES.
-        device: a torch.device, where to compute.
-        sigma: standard deviation of the noise, 0-255 scale; None where it is not known,
-            or where a blur is there too.
-        fuse: whether fusing may be worth it: the noise is white and of a known level.
-    """
-    values = {
-        name: [*map(list, value.items())] if isinstance(value, dict) else value
-        for name, value in RECIPES[recipe].items()
-    }
-    values["recipe_sigma"] = sigma
-    if not fuse:
-        values["fuse"] = "off"
-    if values["precision"] == "auto":
-        fast = multiplies_bfloat16(device)
-        values["precision"] = "bfloat16" if fast else "float32"
-    return values
-
-
-def choose_scale(args, y, known, eight_bits, blurred=False):
-    """Return the map to the learner's units: see find_scale.
-
-    Args:
-        eight_bits: whether the picture's file has 8 bits: `paper` takes it as it is.
-    """
-    as_published = eight_bits and not args.own_scale
-    return UNIT if as_published else find_scale(y, known, blurred)
-
-
-def learner_settings(args, span=1.0):
-    """Return what network.Self2Self is made with, from the options' values.
-
-    Args:
-        span: the range that the picture fills, by which the noise is measured.
-    """
-    names = ("drop_rate", "drop_upsampled", "iteration", "optimizer", "lr", "beta2")
-    names += ("schedule", "ratio", "start", "averaging_power", "bs", "seed")
-    names += ("precision", "window", "device", "bend")
-    level = UNKNOWN_SIGMA if args.recipe_sigma is None else args.recipe_sigma / span
-    settings = {name: getattr(args, name) for name in names}
-    for name, value in settings.items():
-        if isinstance(value, list):
-            settings[name] = next(v for sigma, v in reversed(value) if sigma <= level)
-    return settings | {"photons": args.photons if args.real_noise else None}

@@ -54,16 +54,16 @@ def filter_slabs(pilot, observation, noise, times=None):
     planes, height, width = pilot.shape
     noise = torch.as_tensor(noise).to(pilot).expand(planes, height, width // 2 + 1)
     sigma = 255 * noise[:, 0, 0].mean().sqrt().item()  # where pictures' energy is
-    patch, size, gain, usual = GROUPS[max(k for k in GROUPS if k <= sigma)]
+    patch, size, gain, rounds_of_level = GROUPS[max(k for k in GROUPS if k <= sigma)]
     covariances = [_covariance(plane, (height, width), patch) for plane in noise]
-    settings = loudness(noise), covariances, patch, size, gain
-    for _ in range((times or usual) - 1):
+    settings = noise_levels(noise), covariances, patch, size, gain
+    for _ in range((times or rounds_of_level) - 1):
         rounds = _filter_once(pilot, observation, *settings)
         pilot = torch.cat([estimate for estimate, _ in rounds], 1)
     yield from _filter_once(pilot, observation, *settings)
 
 
-def loudness(noise):
+def noise_levels(noise):
     """Return the variance that counts of noise (C, H, W'), by frequency: (C,).
 
     Coloured noise does not average out over patches that overlap as white noise does:
@@ -81,7 +81,7 @@ def _covariance(noise, size, patch):
 
 
 def _filter_once(pilot, observation, levels, covariances, patch, size, gain):
-    """Yield the same, once, with given settings."""
+    """Yield estimates and risks of one filtering; settings: see GROUPS."""
     (height, width), device = pilot.shape[1:], pilot.device
     rows, columns = (_tiles(n, patch, device) for n in (height, width))
     within = torch.arange(patch, device=device)

@@ -14,9 +14,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -27,7 +29,6 @@ from network import Self2Self, recipes
 from network.muon import Muon
 
 DROP_RATE = 0.3
-STEPS = {name: made["iteration"] for name, made in recipes.RECIPES.items()}
 
 
 class PlainPConv2d(nn.Module):
@@ -119,19 +120,16 @@ class Plain:
         return (total / num_prediction).cpu().numpy()
 
 
-def identity(x):
-    return x
-
-
 def our_learner(recipe, precision, device, channels, size):
     """The learner as the scripts use it."""
     flags = ["--recipe", recipe, "--device", str(device)]
     flags += ["--precision", precision] if precision else []
-    defaults, decide = denoise.DEFAULTS, denoise.decide
-    args = utils.parse_arguments(__doc__, defaults, decide, flags)
-    learner = Self2Self(**recipes.learner_settings(args))
-    learner.begin(torch.rand(channels, size, size).numpy(), identity)
-    return learner
+    args = utils.parse_arguments(__doc__, denoise.DEFAULTS, recipes.RECIPES, flags)
+    y = np.random.default_rng(0).random((channels, size, size), np.float32)
+    known = np.ones((1, size, size), np.float32)
+    result = SimpleNamespace(known=known, eight_bits=True, place=slice(None))
+    recipe, _ = denoise.choose(args, y, result)
+    return Self2Self(y, denoise.identity, known, recipe, args.seed, args.device)
 
 
 def work(kind, recipe, precision, device, channels, size):
@@ -258,7 +256,7 @@ def compare(recipe, precision, device, channels, size, rounds):
         "plain pred/s": f"{1 / plain_test:.1f}",
         "ours pred/s": f"{1 / our_test:.1f}",
         "pred ratio": f"{plain_test / our_test:.2f}",
-        "the recipe's": utils.duration(STEPS[recipe] * ours),
+        "the recipe's": f"{recipes.RECIPES[recipe].iteration * ours:.0f} s",
         "GFLOP/s": f"{speed / 1e9:.0f}",
         "of a conv": f"{speed / convolution_flops(device):.0%}",
         "start s": f"{workers[1].startup:.1f}",

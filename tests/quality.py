@@ -8,12 +8,14 @@ or "fast,-averaging_power": the ingredient taken away, as in the recipe "paper".
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -36,45 +38,49 @@ SCRIPTS = {"denoise": denoise, "deblur": deblur}
 
 
 def settings(task, text, steps, seed, device, sigma, kernel):
-    """Return the options' values that a recipe and a number of steps stand for."""
+    """Return the options' values for a recipe and a number of steps, and its changes."""
     name, *changes = text.split(",")
-    script = SCRIPTS[task]
     flags = {"recipe": name, "seed": seed, "device": device, "sigma": sigma}
     flags |= {"iteration": steps} if steps else {}
     flags |= {"kernel": kernel} if kernel else {}
     words = [f"--{key}={value}" for key, value in flags.items()]
-    args = utils.parse_arguments("", script.DEFAULTS, script.decide, words)
-    paper = recipes.decided("paper", args.device)
+    args = utils.parse_arguments("", SCRIPTS[task].DEFAULTS, recipes.RECIPES, words)
+    paper, changed = recipes.RECIPES["paper"], {}
     for change in changes:
         key, _, value = change.removeprefix("-").partition("=")
-        value = json.loads(value) if value else paper[key]
-        setattr(args, key, value)
-    return args
+        changed[key] = json.loads(value) if value else getattr(paper, key)
+    return args, changed
 
 
-def learn(y, operator, clean, args):
+def choose(task, args, changes, y):
+    """Return the recipe that the script chooses for an observation, changed."""
+    known = np.ones((1, *y.shape[1:]), np.float32)
+    result = SimpleNamespace(known=known, eight_bits=True, place=slice(None))
+    recipe, _ = SCRIPTS[task].choose(args, y, result)
+    return dataclasses.replace(recipe, **changes)
+
+
+def learn(y, operator, clean, args, recipe):
     """Return one run's scores.
 
     PSNR, SSIM, seconds, whether the network lived, the plain ensemble's PSNR, predicted
     over true squared error, and their correlation.
     """
     started = time.perf_counter()
-    deaths, blurred = [], operator is not denoise.identity
-    scale = recipes.choose_scale(args, y, np.ones((1, 1, 1)), True, blurred)
-    learner = Self2Self(**recipes.learner_settings(args, scale.span))
-    learner.begin(y, operator, scale=scale, on_restart=deaths.append)
-    while learner.step < args.iteration:
+    learner = Self2Self(y, operator, None, recipe, args.seed, args.device)
+    while learner.step < recipe.iteration:
         learner.train_step()
-    restored = ensemble = learner.predict(args.num_prediction)
-    predicted = correlation = math.nan
-    if args.fuse == "on":
-        restored, error = learner.fuse(ensemble, args.sigma)
+    ensemble = learner.predict(args.num_prediction)
+    fused = learner.fuse(ensemble, args.sigma)
+    restored, predicted, correlation = ensemble.image, math.nan, math.nan
+    if fused:
+        restored, error = fused
         true = (restored - clean) ** 2
         predicted = float(error.mean() / true.mean())
         correlation = float(np.corrcoef(error.ravel(), true.ravel())[0, 1])
     seconds = time.perf_counter() - started
-    plain = utils.score(ensemble, clean)[0]
-    scores = *utils.score(restored, clean), seconds, not deaths
+    plain = utils.score(ensemble.image, clean)[0]
+    scores = *utils.score(restored, clean), seconds, not learner.notes
     return [*scores, plain, predicted, correlation]
 
 
@@ -177,19 +183,14 @@ def main():
         values += [values[0], math.nan, math.nan]
         rows.setdefault("observation", []).append(values)
         for text, steps in itertools.product(args.recipes, args.steps):
-            chosen = settings(args.task, text, steps, seed, device, sigma, args.kernel)
-            made_with = recipes.learner_settings(chosen)
+            args_of = settings(args.task, text, steps, seed, device, sigma, args.kernel)
+            recipe = choose(args.task, *args_of, y)
+            chosen = args_of[0]
             values = measured(
-                (
-                    *place,
-                    chosen.iteration,
-                    chosen.num_prediction,
-                    chosen.fuse,
-                    made_with,
-                ),
-                *(learn, y, operator, clean, chosen),
+                (*place, chosen.num_prediction, dataclasses.astuple(recipe)),
+                *(learn, y, operator, clean, chosen, recipe),
             )
-            rows.setdefault(f"{text}, {chosen.iteration} steps", []).append(values)
+            rows.setdefault(f"{text}, {recipe.iteration} steps", []).append(values)
 
         known = sigma if psf is None else psf
         values = measured((*place, "classical"), classical, y, known, clean)

@@ -1,10 +1,11 @@
 """Tiny tensors and learners that the tests of the network share."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from network.recipes import RECIPES
-from network.scale import UNIT
 from network.self2self import Self2Self
 
 DOUBLE = {"dtype": torch.float64}
@@ -48,14 +49,10 @@ def without_pass(pilot, *_):
     yield pilot, torch.zeros_like(pilot)
 
 
-def begun(y, operator=identity, scale=UNIT, known=None, **settings):
-    """A learner that has begun on y, as it is unless another scale is given."""
-    defaults = RECIPES["paper"] | {"lr": 1e-3, "bs": 1, "seed": 0, "device": "cpu"}
-    del defaults["fuse"]
-    del defaults["own_scale"]
-    learner = Self2Self(**defaults | {"photons": None} | settings)
-    learner.begin(y, operator, known, scale=scale)
-    return learner
+def begun(y, operator=identity, known=None, weights=None, seed=0, device="cpu", **to):
+    """A learner of y, in y's own units; `to` changes its recipe, `paper`."""
+    recipe = replace(RECIPES["paper"], **{"lr": 1e-3, "photons": None} | to)
+    return Self2Self(y, operator, known, recipe, seed, device, weights)
 
 
 def train(learner, steps):

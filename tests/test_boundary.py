@@ -13,6 +13,7 @@ from tensors import random_image
 import network
 from deblur import CircularBlur
 from network import fusion
+from network.ensemble import Restoration
 
 SHAPES = [(3, 3), (4, 7), (1, 6), (8, 2)]
 
@@ -53,15 +54,13 @@ def test_a_simulated_border_is_valid_and_results_lie_in_ys_place(shape, monkeypa
     clean, psf = read("in/a.png"), random_psf(shape)
     np.save("psf.npy", psf)
     x = np.float32(clean[..., ::-1].transpose(2, 0, 1) / 255)
-    monkeypatch.setattr(network.Self2Self, "predict", lambda learner, n: x)
-    learners, begin = [], network.Self2Self.begin
+    learners = []
 
-    def watched(learner, *args, **kwargs):
+    def predict(learner, *_):
         learners.append(learner)
-        learner.variance = x
-        begin(learner, *args, **kwargs)
+        return Restoration(x, x)
 
-    monkeypatch.setattr(network.Self2Self, "begin", watched)
+    monkeypatch.setattr(network.Self2Self, "predict", predict)
     flags = "--path in/a.png --kernel psf.npy --boundary valid --sigma 0 --iteration 1"
     assert run("deblur", flags) == 0
     assert "_boundary-valid_" in results().name + "_"
@@ -84,8 +83,8 @@ def test_an_observed_picture_gets_a_margin_that_is_cut_again(shape, monkeypatch)
     np.save("psf.npy", psf)
     size = tuple(40 + s - 1 for s in shape)
     canvas = random_image(1, *size).numpy()
-    monkeypatch.setattr(network.Self2Self, "predict", lambda learner, n: canvas)
-    monkeypatch.setattr(network.Self2Self, "variance", canvas, raising=False)
+    restored = Restoration(canvas, canvas)
+    monkeypatch.setattr(network.Self2Self, "predict", lambda *_: restored)
     assert (
         run("deblur", "--path in/a.png --observed --kernel psf.npy --iteration 1") == 0
     )

@@ -6,7 +6,7 @@ that whatever mixes them with the host's is noticed, and reading one raises an e
 
 import math
 import traceback
-import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ class Masks(self2self.BernoulliMasks):
         n, c, h, w = shape
         return kept.view(n, h, w, c).permute(0, 3, 1, 2)
 
-    def counts(self, mean):
+    def poisson(self, mean):
         return torch.poisson(mean)
 
 
@@ -89,11 +89,12 @@ def on_meta(monkeypatch):
 
 def transfers(recipe, channels, operator, **changes):
     """Return what a step of a recipe brings in from the host."""
-    settings = recipes.decided(recipe, torch.device("cuda"), 25.0)
-    args = settings | {"bs": 1, "seed": 0, "device": META, "real_noise": None}
-    settings = recipes.learner_settings(types.SimpleNamespace(**args))
-    learner = Self2Self(**settings | {"start": "default"} | changes)
-    learner.begin(random_image(channels, 40, 45), operator)
+    settings = {"drop_rate": 0.2, "averaging_power": 3, "precision": "float32"}
+    settings |= {"start": "default", "photons": None} | changes
+    settings = {} if recipe == "paper" else settings
+    recipe = replace(recipes.RECIPES[recipe], **settings)
+    y = random_image(channels, 40, 45)
+    learner = Self2Self(y, operator, None, recipe, device=META)
     learner._train()  # the first one makes what lasts
     with Transfers() as mode:
         learner._train()

@@ -7,11 +7,10 @@ from scipy.ndimage import gaussian_filter
 from scripts import run, write
 from skimage.restoration import inpaint_biharmonic
 from tensors import begun, random_image, train
-from test_options import parse
+from test_options import chosen
 from test_similar import decibels, saved
 
 from network import fusion, missing
-from network.scale import UNIT
 
 
 def naive_spread(residual, known):
@@ -89,22 +88,25 @@ def test_channels_with_holes_of_their_own():
 
 def test_learner_fuses_what_it_knows(monkeypatch):
     y, known = random_image(1, 40, 33), torch.from_numpy(holes(0.5, (1, 40, 33)))
-    learner = begun(y)
-    learner.begin(y, lambda x: x, known, scale=UNIT)
+    learner = begun(y, known=known, fuse=True)
     ensemble = train(learner, 2).predict(3)
-    expected = missing.fuse(ensemble, learner.variance, y, known)
+    expected = missing.fuse(*ensemble, y, known)
     for made, other in zip(learner.fuse(ensemble, 20), expected, strict=True):
         np.testing.assert_array_equal(made, other)
 
 
 def test_incomplete_pictures_are_fused_where_the_noise_is_known(capsys):
     def fuses(task, flags):
-        return parse(flags, task)["fuse"] == "on"
+        return chosen(flags, task)[0].fuse
 
-    for flags in ("--missing 0.5", "--mask m.png", "--mask m.png --observed"):
+    for flags, none in (
+        ("--missing 0.5", "--sigma 0"),
+        ("--mask m.png", "--sigma 0"),
+        ("--mask m.png --observed", "--noise_sigma 0"),
+    ):
         assert not fuses("denoise", flags) and not fuses("deblur", flags)
-        assert fuses("denoise", f"{flags} --sigma 0")
-        assert not fuses("deblur", f"{flags} --sigma 0")
+        assert fuses("denoise", f"{flags} {none}")
+        assert not fuses("deblur", f"{flags} {none}")
     write("in/a.png")
     for task, sigma in (("denoise", 1), ("deblur", 0)):
         flags = f"--path in/a.png --missing 0.5 --fuse on --sigma {sigma}"

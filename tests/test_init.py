@@ -7,24 +7,21 @@ import numpy as np
 import pytest
 import torch
 from scripts import files, run, without_seconds, write
-from tensors import begun, identity, random_image, train
+from tensors import begun, random_image, train
 
 from network import Self2Self
-from network.scale import UNIT
 
 
 @pytest.fixture
 def watched(monkeypatch):
     """Collect the weights that every image begins with and ends with."""
-    weights, begin, keep = [], Self2Self.begin, Self2Self.network_weights
-    monkeypatch.setattr(
-        Self2Self,
-        "begin",
-        lambda learner, *args, **kwargs: (
-            begin(learner, *args, **kwargs),
-            weights.append(keep(learner)),
-        ),
-    )
+    weights, make = [], Self2Self.__init__
+
+    def made(learner, *args):
+        make(learner, *args)
+        weights.append(learner.network_weights())
+
+    monkeypatch.setattr(Self2Self, "__init__", made)
     return weights
 
 
@@ -100,8 +97,7 @@ def test_a_checkpoint_that_began_elsewhere_is_not_resumed(capsys):
 def test_a_network_that_dies_does_not_begin_there_again():
     y = random_image(1, 32, 33)
     weights = train(begun(y), 2).network_weights()
-    fresh, learner = begun(y), begun(y)
-    learner.begin(y, identity, weights=weights, scale=UNIT)
+    fresh, learner = begun(y), begun(y, weights=weights)
     assert same(learner.network_weights(), weights)
     for other in (fresh, learner):
         other.restart()

@@ -84,7 +84,7 @@ def test_mask_says_what_is_missing(task):
         flags = "--path in/a.png --mask in/mask.tif --crop 40 --observed --sigma 0"
         assert run(task, flags + ONE_TEST) == 0
         made = folder_of(task)
-        assert made.name.startswith("observed_sigma0_mask-mask-")
+        assert made.name.startswith("observed_mask-mask-")
         names.add(made.name.rpartition("-")[0])
         gone = (read(made / "noisy.png") == 0).all(2)
         assert (gone == (mask[8:48, 8:48] == 0)).mean() > 0.99
@@ -117,16 +117,16 @@ def test_resumed_runs_keep_what_is_missing():
 def test_uncertainty_is_the_predictions_deviation(monkeypatch):
     drawn, draw = [], utils.uncertainty
     monkeypatch.setattr(utils, "uncertainty", lambda x: drawn.append(x) or draw(x))
-    learners, add = [], utils.Result.add
+    made, add = [], utils.Result.add
 
-    def watched(result, learner, *arrays):
-        learners.append(learner.variance.copy())
-        add(result, learner, *arrays)
+    def watched(result, learner, restored, fused):
+        made.append(restored.variance)
+        add(result, learner, restored, fused)
 
     monkeypatch.setattr(utils.Result, "add", watched)
     write("in/a.png", 3, side=40)
     assert run("denoise", "--path in/a.png") == 0
     # planes are orthonormal: the mean over them is the mean over the channels
-    np.testing.assert_allclose(drawn[-1] ** 2, 255**2 * learners[-1].mean(0), rtol=1e-4)
+    np.testing.assert_allclose(drawn[-1] ** 2, 255**2 * made[-1].mean(0), rtol=1e-4)
     picture = read(folder_of("denoise") / "uncertainty.png")
     assert min(picture.shape[:2]) > 300

@@ -3,6 +3,7 @@
 import argparse
 import io
 import shlex
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,16 +16,26 @@ from scripts import ROOT, SCRIPTS, run, write
 import denoise
 import utils
 from network import recipes
+from network.scale import find_scale
 
-CPU = torch.device("cpu")
+WHOLE = np.linspace(0, 1, 64 * 64).reshape(1, 64, 64)
 
 
 def parse(flags, task="denoise"):
     """Read a command line; return the options' values."""
     script = SCRIPTS[task]
-    words = shlex.split(flags) if isinstance(flags, str) else flags
-    words = [*words, "--device", "cpu"]
-    return vars(utils.parse_arguments("", script.DEFAULTS, script.decide, words))
+    words = [*shlex.split(flags), "--device", "cpu"]
+    return utils.parse_arguments("", script.DEFAULTS, recipes.RECIPES, words)
+
+
+def chosen(flags, task="denoise", y=None, eight_bits=True):
+    """Return the recipe and sigma that a script chooses for an observation."""
+    args = parse(flags, task)
+    y = WHOLE if y is None else y
+    hidden = args.mask or args.missing
+    known = np.ones((1, *y.shape[1:])) * (np.arange(y.shape[2]) % 2 if hidden else 1)
+    result = SimpleNamespace(known=known, eight_bits=eight_bits, place=slice(None))
+    return SCRIPTS[task].choose(args, y, result)
 
 
 @pytest.mark.parametrize("task", SCRIPTS)
@@ -33,7 +44,7 @@ def test_shell_and_python_defaults_agree(task):
     words = shlex.split(text, comments=True)
     assert words[-1] == "$@"
     flags = words[words.index("--path") : -1]
-    assert parse(flags, task) == parse([], task)
+    assert parse(shlex.join(flags), task) == parse("", task)
     assert {f"--{name}" for name in SCRIPTS[task].DEFAULTS} >= set(flags[::2])
 
 
@@ -41,23 +52,24 @@ def test_shell_and_python_defaults_agree(task):
 def test_every_option_has_a_default_and_the_others_a_recipe_decides(task):
     script = SCRIPTS[task]
     assert script.DEFAULTS.keys() <= utils.OPTIONS.keys()
-    for name in utils.OPTIONS.keys() & recipes.RECIPES["paper"].keys():
+    names = {field.name for field in fields(recipes.Recipe)} - {"bs"}
+    for name in utils.OPTIONS.keys() & names:
         assert script.DEFAULTS[name] is None
-    assert recipes.RECIPES["fast"].keys() == recipes.RECIPES["paper"].keys()
 
 
 def test_a_flag_wins_over_the_script_and_the_script_over_the_recipe(monkeypatch):
-    fast = parse("--sigma 5")
-    assert fast | recipes.decided("fast", CPU, 5) == fast
-    paper = parse("--sigma 5 --recipe paper")
-    assert paper | recipes.decided("paper", CPU, 5) == paper
-    changed = {k for k in fast if fast[k] != paper[k]}
-    changed |= {"precision"}  # not on every processor
-    assert changed == recipes.RECIPES["fast"].keys() | {"recipe"}
+    paper, fast = (chosen(f"--sigma 5 --recipe {r}")[0] for r in ("paper", "fast"))
+    named = recipes.RECIPES["paper"]
+    assert paper == replace(named, photons=None)
+    differ = {
+        f.name for f in fields(fast) if getattr(fast, f.name) != getattr(paper, f.name)
+    }
+    assert differ | {"precision", "photons"} == {f.name for f in fields(fast)} - {"bs"}
     monkeypatch.setitem(denoise.DEFAULTS, "lr", 0.25)
-    assert parse("--sigma 5") == fast | {"lr": 0.25}
+    assert chosen("--sigma 5")[0] == replace(fast, lr=0.25)
     flags = "--sigma 5 --lr 0.5 --iteration 7 --drop_rate 0.1"
-    assert parse(flags) == fast | {"lr": 0.5, "iteration": 7, "drop_rate": 0.1}
+    expected = replace(fast, lr=0.5, iteration=7, drop_rate=0.1)
+    assert chosen(flags)[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -69,35 +81,67 @@ def test_a_flag_wins_over_the_script_and_the_script_over_the_recipe(monkeypatch)
         ("--sigma 40", 0.3, 1),
         ("--sigma 5 --observed", 0.2, 3),
         ("--sigma 50 --observed", 0.2, 3),
+        ("--noise_sigma 50 --observed", 0.3, 1),
         ("--recipe paper --sigma 5", 0.3, None),
     ],
 )
 def test_fast_goes_by_the_noise_where_it_is_known(flags, drop_rate, power):
-    def settings(task="denoise", span=1.0):
-        return recipes.learner_settings(SimpleNamespace(**parse(flags, task)), span)
-
-    chosen, blurred = settings(), settings("deblur")
-    # noise counts against the range that the picture fills
-    known = "observed" not in flags and "paper" not in flags
-    wide, narrow = settings(span=1e9), settings(span=1e-9)
-    assert wide["drop_rate"] == (0.2 if power else 0.3)
-    assert narrow["drop_rate"] == (0.3 if known and flags != "--sigma 0" else drop_rate)
-    assert (chosen["drop_rate"], chosen["averaging_power"]) == (drop_rate, power)
-    assert blurred["drop_rate"] == (0.2 if power else 0.3)
-    assert blurred["averaging_power"] == (3 if power else None)
+    """Noise counts against the range that the picture fills."""
+    scale = find_scale(WHOLE, np.ones((1, 1, 1)))
+    y = scale.to(WHOLE)  # whose range is 1
+    recipe, _ = chosen(flags, y=y)
+    assert (recipe.drop_rate, recipe.averaging_power) == (drop_rate, power)
+    blurred, _ = chosen(flags, "deblur", y)
+    assert blurred.drop_rate == (0.2 if power else 0.3)
+    if "observed" not in flags and power:
+        dark = chosen(flags.replace("40", "0.4").replace("39.9", "0.399"), y=y / 100)[0]
+        expected = 0.3 if flags == "" else drop_rate
+        assert dark.drop_rate == expected
 
 
 def test_fast_fuses_where_it_pays():
     def fuses(task, flags):
-        return parse(flags, task)["fuse"] == "on"
+        return chosen(flags, task)[0].fuse
 
-    assert fuses("denoise", "") and fuses("deblur", "--kernel psf.npy")
+    assert fuses("denoise", "") and fuses("deblur", "")
     assert fuses("deblur", "--fuse on") and fuses("denoise", "--observed --fuse on")
     for flags in ("--sigma 0", "--drop_rate 0", "--num_prediction 1", "--observed"):
         assert not fuses("denoise", flags)
-        assert not fuses("deblur", f"--kernel psf.npy {flags}")
-    assert fuses("deblur", "") and not fuses("deblur", "--missing 0.5")
+        assert not fuses("deblur", flags)
+    assert not fuses("deblur", "--missing 0.5") and not fuses(
+        "denoise", "--missing 0.5"
+    )
     assert not fuses("denoise", "--recipe paper")
+
+
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_white_noise_of_a_named_level_is_fused_without_photons(task):
+    recipe, sigma = chosen("--observed --noise_sigma 7", task)
+    assert (recipe.fuse, recipe.photons, sigma) == (True, None, 7)
+    recipe, sigma = chosen("--observed --noise_sigma 7 --fuse off --real_noise", task)
+    assert (recipe.fuse, recipe.photons, sigma) == (False, 100, 7)
+    recipe, sigma = chosen("--observed --noise_sigma 0", task)
+    assert (recipe.fuse, recipe.photons, sigma) == (False, None, 0)
+
+
+def test_the_old_words_for_no_noise_say_the_new_ones(capsys):
+    args = parse("--observed --sigma 0")
+    assert args.noise_sigma == 0
+    assert "--observed --noise_sigma 0 now" in capsys.readouterr().out
+
+
+def test_options_that_say_nothing_are_named_if_they_were_given(capsys):
+    np.save("psf.npy", np.eye(3))
+    for task, flags, named in (
+        ("denoise", "--observed", ""),
+        ("denoise", "--observed --sigma 25", ""),
+        ("denoise", "--observed --sigma 50", "--sigma: without effect here"),
+        ("deblur", "--kernel psf.npy", ""),
+        ("deblur", "--kernel psf.npy --kernel_size 9", "--kernel_size: without effect"),
+    ):
+        parse(flags, task)
+        out = capsys.readouterr().out
+        assert (named in out) if named else (out == "")
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -111,8 +155,8 @@ def test_fast_takes_bfloat16_where_the_processor_has_it(able, monkeypatch):
         ("--precision bfloat16", "bfloat16"),
         ("--recipe paper", "float32"),
     ):
-        assert parse(flags)["precision"] == precision
-    assert recipes.decided("fast", torch.device("cuda"))["precision"] == "float32"
+        assert chosen(flags)[0].precision == precision
+    assert not recipes.multiplies_bfloat16(torch.device("cuda"))
 
 
 def test_who_sets_a_rate_or_steps_is_told_of_the_published_recipe(capsys):
@@ -201,7 +245,7 @@ def test_names_of_results_folders():
         f"sigma10_fast_crop32_iteration4_lr0.001_optimizer-adamw_bs2_seed1_{ending}",
         f"sigma2.5_paper_{ending}",
         f"observed_fast_iteration4_{ending}",
-        f"observed_fast_iteration4_fuse-on_{ending}_noise_sigma7",
+        f"observed_fast_noise_sigma7_iteration4_fuse-on_{ending}",
     }
 
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from scipy import stats
 from tensors import begun, on_devices, random_image, train
-from test_options import parse
+from test_options import chosen
 
-from network import recipes, self2self
+from network import self2self
 from network.masks import BernoulliMasks
 
 
 @on_devices
 def test_counts_are_poisson_numbers_of_their_seed(device):
     def draw(seed, mean):
-        return BernoulliMasks(torch.device(device), seed).counts(mean)
+        return BernoulliMasks(torch.device(device), seed).poisson(mean)
 
     mean = torch.tensor([0.3, 7.0, 60.0], device=device).expand(20_000, 3)
     drawn = draw(1, mean)
@@ -86,6 +86,4 @@ def test_resumed_learner_draws_the_counts_that_it_would_have_drawn():
     ],
 )
 def test_a_cameras_picture_is_drawn_anew_by_default(task, flags, photons):
-    settings = parse(flags, task)
-    args = type("Args", (), settings | {"device": torch.device("cpu")})
-    assert recipes.learner_settings(args)["photons"] == photons
+    assert chosen(flags, task)[0].photons == photons

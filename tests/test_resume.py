@@ -121,9 +121,7 @@ def test_a_checkpoint_with_another_reference_is_refused(capsys):
 
 
 @pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143)])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(
-    number, status, monkeypatch, capsys
-):
+def test_a_signal_ends_the_run_in_a_line(number, status, monkeypatch, capsys):
     write("in/a.png")
     real = denoise.Self2Self.train_step
 
@@ -134,21 +132,25 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
 
     monkeypatch.setattr(denoise.Self2Self, "train_step", train_step)
     assert run("denoise", "--path in/a.png --recipe paper") == status
-    assert "stopped at step 3; go on with: python" in capsys.readouterr().err
-    assert run("denoise", "--path in/a.png --recipe paper --iteration 2 --resume") == 2
-    assert "of step 3 already" in capsys.readouterr().err
-    assert run("denoise", "--path in/a.png --recipe paper --resume") == 0
-    assert "going on from step 3" in capsys.readouterr().out
-
-
-def test_a_second_signal_stops_at_once(monkeypatch, capsys):
-    write("in/a.png")
-
-    def train_step(learner):
-        os.kill(os.getpid(), 2)
-        os.kill(os.getpid(), 2)
-
-    monkeypatch.setattr(denoise.Self2Self, "train_step", train_step)
-    assert run("denoise", "--path in/a.png") == 130
     err = capsys.readouterr().err
-    assert "interrupted" in err and err.count("\n") == 1
+    assert "interrupted; --resume goes on" in err and err.count("\n") == 1
+    monkeypatch.setattr(denoise.Self2Self, "train_step", real)
+    assert run("denoise", "--path in/a.png --recipe paper --resume") == 0
+    assert "going on from step 2" in capsys.readouterr().out
+
+
+def test_checkpoints_come_by_the_clock_too(monkeypatch):
+    write("in/a.png")
+    saved, save = [], utils.Result._save_checkpoint
+
+    def watched(result, learner):
+        save(result, learner)
+        saved.append(learner.step)
+
+    monkeypatch.setattr(utils.Result, "_save_checkpoint", watched)
+    flags = "--path in/a.png --iteration 4 --test_frequency 4"
+    assert run("denoise", flags) == 0
+    monkeypatch.setattr(utils, "SAVE_EVERY", 0)
+    monkeypatch.setattr(utils, "SAVING", 0)
+    assert run("denoise", flags) == 0
+    assert saved == [4, 1, 2, 3, 4]

@@ -21,7 +21,6 @@ from tensors import (
 from torch import nn
 
 from network.masks import BernoulliMasks, flip
-from network.scale import UNIT
 from network.self2self import dropped_loss
 
 
@@ -153,7 +152,7 @@ def test_predictions_are_flipped_back_before_the_operator(operator):
     train(learner, 12)
     assert {flip_of(*sample, y) for sample in zip(spy.inputs, spy.masks)} == {*FLIPS}
     assert learner.mean_loss() == 0
-    np.testing.assert_allclose(learner.predict(8), clean, atol=1e-6)
+    np.testing.assert_allclose(learner.predict(8).image, clean, atol=1e-6)
 
 
 def test_entries_judged_are_those_not_seen():
@@ -220,30 +219,13 @@ def test_learner_goes_on_from_a_state(optimizer, power):
     np.testing.assert_array_equal(resumed.predict(2), learner.predict(2))
 
 
-@pytest.mark.parametrize(
-    "shape, operator",
-    [((1, 32, 33), identity), ((1, 32, 33), roll), ((3, 34, 32), identity)],
-)
-def test_second_image_is_learnt_like_a_first(shape, operator):
-    learner = train(begun(random_image(1, 32, 33), averaging_power=2), 3)
-    second = random_image(*shape, seed=1)
-    learner.begin(second, operator, scale=UNIT)
-    fresh = begun(second, operator, averaging_power=2)
-    np.testing.assert_array_equal(learner.predict(2), fresh.predict(2))
-    train(learner, 3)
-    train(fresh, 3)
-    assert learner.step == 3
-    assert learner.mean_loss() == fresh.mean_loss()
-    np.testing.assert_array_equal(learner.predict(2), fresh.predict(2))
-
-
 def test_prediction_makes_no_graph():
     learner = begun(random_image(3, 32, 33))
     graphs = []
     learner.network.register_forward_hook(
         lambda network, inputs, output: graphs.append(output.requires_grad)
     )
-    restored = learner.predict(3)
+    restored = learner.predict(3).image
     assert graphs == [False] * 3
     assert restored.shape == (3, 32, 33) and restored.dtype == np.float32
 
@@ -254,9 +236,10 @@ def test_prediction_is_the_mean_of_the_ensemble():
     with torch.no_grad():
         samples = [learner._predict(masks, 1)[0] for _ in range(4)]
     assert not torch.equal(samples[0], samples[1])
-    np.testing.assert_allclose(learner.predict(4), sum(samples) / 4, atol=1e-6)
+    made = learner.predict(4)
+    np.testing.assert_allclose(made.image, sum(samples) / 4, atol=1e-6)
     variance = np.var(samples, 0, ddof=1)
-    np.testing.assert_allclose(learner.variance, variance, atol=1e-6)
+    np.testing.assert_allclose(made.variance, variance, atol=1e-6)
 
 
 FAST = {"optimizer": "muon", "averaging_power": 3, "schedule": "linear", "bs": 2}
@@ -264,7 +247,9 @@ FAST = {"optimizer": "muon", "averaging_power": 3, "schedule": "linear", "bs": 2
 
 def lasting_tensors(learner):
     """Every tensor that is there before a step and after it, but for the gradients."""
-    held = [x for x in vars(learner).values() if isinstance(x, torch.Tensor)]
+    owners = learner, learner.health, learner.ensemble
+    held = [x for owner in owners for x in vars(owner).values()]
+    held = [x for x in held if isinstance(x, torch.Tensor)]
     states = [s for optimizer in learner.optimizers for s in optimizer.state.values()]
     held += [x for state in states for x in state.values()]
     return [*held, *learner.network.parameters(), *learner.network.buffers()]
@@ -274,7 +259,7 @@ def test_a_step_changes_only_what_the_state_saves():
     """So that a CUDA graph's warm-up leaves no trace."""
     learner = train(begun(random_image(3, 32, 33), **FAST), 2)
     saved = {x.data_ptr() for x in learner._tensors()}
-    set_before = {learner.rate.data_ptr(), learner.weight.data_ptr()}
+    set_before = {learner.rate.data_ptr(), learner.prediction_weight.data_ptr()}
     tensors = lasting_tensors(learner)
     before = [x.detach().clone() for x in tensors]
     learner._train()
@@ -339,18 +324,18 @@ def test_a_step_reads_rate_and_decay_from_tensors():
     for now, before in zip(learner.network.parameters(), weights, strict=True):
         assert torch.equal(now, before)
     learner.rate.fill_(0.01)
-    learner.weight.zero_()
-    sums = [x.clone() for x in learner._sums()]
+    learner.prediction_weight.zero_()
+    sums = [x.clone() for x in learner.ensemble.tensors()]
     learner._train()
     for now, before in zip(learner.network.parameters(), weights, strict=True):
         assert not torch.equal(now, before)
-    for now, before in zip(learner._sums(), sums, strict=True):
+    for now, before in zip(learner.ensemble.tensors(), sums, strict=True):
         assert torch.equal(now, before)
 
 
 def distance(a, b):
     """Mean absolute difference of two learners' predictions."""
-    return np.abs(a.predict(64) - b.predict(64)).mean()
+    return np.abs(a.predict(64).image - b.predict(64).image).mean()
 
 
 @needs_cuda
@@ -381,19 +366,6 @@ def test_same_seed_repeats_on_cuda():
 
 
 @needs_cuda
-def test_second_image_is_learnt_like_a_first_by_the_same_graph():
-    first, second = (random_image(1, 64, 64, seed=seed) for seed in (0, 1))
-    learner = train(begun(1 - first**4, device="cuda"), 5)
-    graph = learner.graph
-    learner.begin(second, identity, scale=UNIT)
-    train(learner, 5)
-    fresh = train(begun(second, device="cuda"), 5)
-    assert learner.graph is graph
-    assert learner.mean_loss() == pytest.approx(fresh.mean_loss(), rel=1e-3)
-    assert distance(learner, fresh) < 1e-3
-
-
-@needs_cuda
 def test_learner_goes_on_from_a_state_on_cuda():
     y = random_image(1, 64, 64)
     learner = train(begun(y, device="cuda", averaging_power=2), 3)
@@ -419,12 +391,12 @@ def test_the_trainings_own_predictions_join_the_ensemble():
     restored = train(learner, 4).predict(3)
     weights = np.array([1, 1, 4, 4, 9, 9, 16, 16] + [16] * 3) / 16
     mean = np.average(sampled, 0, weights)
-    np.testing.assert_allclose(restored, mean, atol=1e-6)
+    np.testing.assert_allclose(restored.image, mean, atol=1e-6)
     luminance = (sampled - mean).sum(1) / 3**0.5
     red_to_blue = (sampled - mean)[:, 0] / 2**0.5 - (sampled - mean)[:, 2] / 2**0.5
     for plane, errors in enumerate((luminance, red_to_blue)):
         errors = np.tensordot(weights, errors**2, 1) / (weights.sum() - 1)
-        np.testing.assert_allclose(learner.variance[plane], errors, atol=1e-6)
+        np.testing.assert_allclose(restored.variance[plane], errors, atol=1e-6)
     learner._sample = sample
     np.testing.assert_array_equal(learner.predict(3), restored)
 
@@ -446,19 +418,18 @@ def test_linear_learning_rate_rises_and_falls(optimizer):
 
 def test_start_at_the_mean():
     y = random_image(3, 32, 33) * torch.tensor([0.1, 0.5, 1.0])[:, None, None]
-    restored = begun(y, start="mean").predict(4)
+    restored = begun(y, start="mean").predict(4).image
     np.testing.assert_allclose(restored.mean((1, 2)), y.mean((1, 2)), atol=0.02)
 
 
 def test_a_network_that_a_dark_picture_kills_lives_at_the_second_start():
-    y, notes = 0.02 + 0.15 * random_image(1, 32, 32), []
-    learner = begun(y, lr=1e-4)
-    learner.begin(y, identity, scale=UNIT, on_restart=notes.append)
+    learner = begun(0.02 + 0.15 * random_image(1, 32, 32), lr=1e-4)
+    notes = learner.notes
     assert train(learner, 99).step == 99 and not notes
     assert train(learner, 1).step == 0
     assert notes and "by step 100" in notes[0] and "5e-05" in notes[0]
     assert train(learner, 100).alive() and len(notes) == 1
-    assert learner.recent < 0.004
+    assert learner.health.loss < 0.004
 
 
 def test_a_flat_images_flat_prediction_is_alive_and_a_saturated_one_dead():
