@@ -62,20 +62,11 @@ def gaussian_psf(size, sigma):
     return np.outer(profile, profile) / profile.sum() ** 2
 
 
-def choose_matrix(path):
-    """Return the name and shape of `kernel` in a .mat file, or of its only matrix."""
-    other = ("cell", "struct", "object", "char", "sparse", "function", "opaque")
-    found = {
-        name: shape
-        for name, shape, kind in scipy.io.whosmat(path)
-        if len(shape) == 2 and kind not in other
-    }
-    name = "kernel" if "kernel" in found or len(found) != 1 else next(iter(found))
-    if name not in found:
-        raise utils.InputError(
-            f"{path}: neither a matrix called kernel nor a single matrix"
-        )
-    return name, found[name]
+def only_matrix(arrays):
+    """Return `kernel` of a .mat file's arrays, or its only matrix; None where neither is."""
+    found = {k: v for k, v in arrays.items() if not k.startswith("__")}
+    found = {k: v for k, v in found.items() if getattr(v, "ndim", 0) == 2}
+    return found.get("kernel", next(iter(found.values())) if len(found) == 1 else None)
 
 
 def read_psf(path):
@@ -85,34 +76,31 @@ def read_psf(path):
         path: .mat (the array `kernel`, or the file's only matrix), .npy or an image.
 
     Raises:
-        utils.InputError: it is none; the text says why.
+        utils.InputError, OSError: it is none; the text says why.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
     try:
-        if not path.is_file():
-            raise utils.InputError(f"{path}: no such file")
-        if suffix == ".mat":
-            name, shape = choose_matrix(path)
-            if max(shape) <= LARGEST_PSF:  # a tiny file may claim any size
-                psf = scipy.io.loadmat(path, variable_names=[name])[name]
-        elif suffix == ".npy":
+        if path.suffix.lower() == ".mat":
+            with open(path, "rb") as file:
+                psf = only_matrix(scipy.io.loadmat(file))
+        elif path.suffix.lower() == ".npy":
             psf = np.load(path, mmap_mode="r", allow_pickle=False)
-            shape = psf.shape
         else:
             pixels, colours, *_ = utils.read_pixels(path)
             psf = pixels[..., :colours].mean(2)
-            shape = psf.shape
-        if max(shape, default=0) > LARGEST_PSF:
-            raise utils.InputError(f"{path}: a PSF has sides of up to {LARGEST_PSF}")
-        if psf.dtype.kind not in "biuf":
-            raise utils.InputError(f"{path}: a PSF is a matrix of real numbers")
+        if psf is None:
+            raise utils.InputError(f"{path}: neither `kernel` nor a single matrix")
+        if psf.dtype.kind not in "biuf" or max(psf.shape, default=0) > LARGEST_PSF:
+            raise utils.InputError(
+                f"{path}: a PSF is a matrix of real numbers, with sides of up to "
+                f"{LARGEST_PSF}"
+            )
         with np.errstate(over="ignore", invalid="ignore"):
             psf = np.asarray(psf, np.float64)
             psf = psf / psf.sum() if psf.sum() > 0 else psf * np.nan
-    except utils.InputError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a damaged file fails in many ways
+    except Exception as error:  # a damaged file fails in many ways
+        if isinstance(error, utils.InputError) or getattr(error, "filename", None):
+            raise  # which says what is wrong
         reason = utils.first_line(error)
         raise utils.InputError(f"{path}: no PSF can be read: {reason}") from None
     if psf.ndim != 2 or not np.isfinite(psf).all() or not 0.999 < psf.sum() < 1.001:

@@ -299,7 +299,6 @@ def psfs(rng, marker):
             )
             yield f"{side}-{packed}.mat", data
         yield f"{side}-4.mat", struct.pack("<5i2s", 0, rows, columns, 0, 2, b"k")
-    yield "bomb.mat", mat(2**14, 2**13, 2**30, 2**30)
     for name, data in (("empty", b""), ("text", b"no PSF\n" * 99)):
         for suffix in ("mat", "npy", "png"):
             yield f"{name}.{suffix}", data

@@ -94,7 +94,7 @@ def bad_inputs():
     ):
         yield "denoise", flags, words
     for flags, words in (
-        ("--kernel nowhere.mat", "nowhere.mat: no such file"),
+        ("--kernel nowhere.mat", "nowhere.mat: No such file"),
         ("--kernel ''", "is empty"),
         (f"--kernel {'a' * 300}.npy", "too long"),
         ("--kernel zero.npy", "sum above 0"),

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -288,6 +290,17 @@ def test_what_cannot_be_written_is_named_once(capsys):
     Image.fromarray(random(40, 48, dtype="uint8")).save("a.png", dpi=(300, 300))
     restored(name="a.png")
     assert capsys.readouterr().out.count("a.png: dpi: not carried through") == 1
+
+
+def test_a_pngs_coding_of_colours_is_kept():
+    Image.fromarray(random(40, 48, 3, dtype="uint8")).save("a.png")
+    data = Path("a.png").read_bytes()
+    chunk = b"cICP" + bytes([9, 16, 0, 1])  # BT.2100 PQ, full range
+    chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    Path("a.png").write_bytes(data[:33] + chunk + data[33:])
+    picture = utils.read_picture("a.png")
+    picture.save("out.png", picture.image)
+    assert chunk in Path("out.png").read_bytes()
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
