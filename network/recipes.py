@@ -137,10 +137,8 @@ def adapt(
         eight_bits: whether y comes from a file of 8 bits, which `paper` takes as it is.
         blurred: whether y is blurred.
     """
-    recipe, given = (
-        RECIPES[name],
-        {k: v for k, v in (given or {}).items() if v is not None},
-    )
+    recipe = RECIPES[name]
+    given = {k: v for k, v in (given or {}).items() if v is not None}
     fuse = sigma is not None if fuse is None else fuse
     known = np.ones((1, 1, 1)) if known is None else known
     as_published = eight_bits and not recipe.own_scale
