@@ -965,7 +965,7 @@ class Result:
         path: the image file.
         args: the options' values.
         settings, settings_name: see named_settings.
-        write_logs: called whenever the record has changed.
+        write_logs: called after every test.
     """
 
     def __init__(self, path, args, settings, settings_name, write_logs):
@@ -1206,6 +1206,7 @@ class Result:
         ends = (0, 1) if self.eight_bits else np.quantile(result, (TAIL, 1 - TAIL))
         write_atomically(self.folder / "comparison.png", comparison(panels, ends))
         self._write_record()
+        self.write_logs()
         tqdm.write(f"{self.name}: {row_text(self.rows[-1])}")
 
     def advance(self, n=1):
@@ -1273,7 +1274,6 @@ class Result:
         record |= {"observation": self.scores, "columns": COLUMNS, "rows": self.rows}
         data = json.dumps(record, indent=1).encode()
         write_atomically(self.folder / "record.json", data)
-        self.write_logs()
 
 
 def results_folder(path, model_type, settings_name):
