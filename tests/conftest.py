@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -16,3 +18,16 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.fsync", lambda _: None)
     return tmp_path
+
+
+@pytest.fixture
+def figures():
+    """Asked for by tests that look at a figure: theirs are drawn."""
+
+
+@pytest.fixture(autouse=True)
+def blank_figures(request, monkeypatch):
+    """Draw no figure, which takes longer than a few steps, where no test looks at it."""
+    if "figures" not in request.fixturenames:
+        blank = cv2.imencode(".png", np.zeros((1, 1), np.uint8))[1].tobytes()
+        monkeypatch.setattr("utils.drawn", lambda figure: blank)

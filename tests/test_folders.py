@@ -51,7 +51,9 @@ def test_only_the_image_at_hand_is_held_in_memory(monkeypatch):
     assert held == [[f"in/{name}.png"] for name in "abc"]
 
 
-def test_processes_share_a_folder_and_any_number_of_them_resumes(folder, capsys):
+def test_processes_share_a_folder_and_any_number_of_them_resumes(
+    folder, capsys, figures
+):
     for name in "abcd":
         write(f"in/{name}.png")
     Path("in/e.png").write_text("no image")

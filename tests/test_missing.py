@@ -114,7 +114,7 @@ def test_resumed_runs_keep_what_is_missing():
         assert (again / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_uncertainty_is_the_predictions_deviation(monkeypatch):
+def test_uncertainty_is_the_predictions_deviation(monkeypatch, figures):
     drawn, draw = [], utils.uncertainty
     monkeypatch.setattr(utils, "uncertainty", lambda x: drawn.append(x) or draw(x))
     made, add = [], utils.Result.add
