@@ -1070,7 +1070,7 @@ class Result:
         del recipe["scale"]  # which the observation decides
         if self.args.schedule == "constant":
             del recipe["iteration"]
-        arrays = {"image or noise": [observation], "initial weights": None}
+        arrays = {"image or noise": [observation]}
         arrays["initial weights"] = learner.initial_weights
         arrays["reference"] = None if self.clean is None else [self.clean]
         sums = {key: digest(array) for key, array in arrays.items()}
