@@ -12,8 +12,7 @@ import scipy.io
 import torch
 
 import utils
-from network import Self2Self, recipes
-from network.fusion import estimate_sigma
+from network import Self2Self, noise, recipes
 
 LARGEST_PSF = 4096  # side, pixels; as --kernel_size
 
@@ -170,39 +169,43 @@ def choose_psf(args):
 
 
 def choose(args, y, result):
-    """Return this picture's recipe, and its noise's sigma, None where it is not known."""
+    """Return this picture's recipe, and its noise: told, a camera's, or found."""
     sigma = args.noise_sigma if args.observed else args.sigma
+    seen, known = y[result.place], result.known[result.place]
+    if sigma is not None:
+        found = noise.white(sigma)
+    else:
+        found = noise.CAMERA if args.real_noise else noise.find_noise(seen, known)
     recipe = recipes.adapt(
         args.recipe,
         y,
         result.known,
+        found,
         given=vars(args),
-        fuse=bool(sigma and not (args.mask or args.missing)),
+        holes=not known.all(),
         eight_bits=result.eight_bits,
         blurred=True,
     )
-    if recipe.fuse and sigma is None:
-        sigma = estimate_sigma(y[result.place])
-    return recipe, sigma
+    return recipe, found
 
 
 def restore(args, run, result, psf, blur):
     """Learn one picture, and write its results."""
     wanted = args.boundary or ("valid" if args.observed else "wrap")
     x, known = result.read(blur.margin) if wanted == "valid" else result.read()
-    noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
+    n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
     blurred = blur(torch.from_numpy(x)[None])[0].numpy()
-    y = known * (x if args.observed else blurred + noise)
-    recipe, sigma = choose(args, y, result)
+    y = known * (x if args.observed else blurred + n)
+    recipe, found = choose(args, y, result)
     weights = run.initial_weights(len(x))
     learner = Self2Self(y, blur, known, recipe, args.seed, args.device, weights)
-    result.begin(learner, y, sigma, psf, noise=noise, blurred=blurred)
+    result.begin(learner, y, found, psf, n=n, blurred=blurred)
     result.resume(learner)  # with --resume
     while learner.step < recipe.iteration:
         learner.train_step()  # a network that dies starts over, at step 0
         if result.is_test(learner.step) and learner.alive():
             restored = learner.predict(args.num_prediction, result.advance)
-            result.add(learner, restored, learner.fuse(restored, sigma))
+            result.add(learner, restored, learner.fuse(restored))
         result.keep(learner)
     result.finish()
 

@@ -3,8 +3,7 @@
 import sys
 
 import utils
-from network import Self2Self, recipes
-from network.fusion import estimate_sigma
+from network import Self2Self, noise, recipes
 
 DEFAULTS = {
     # What to restore
@@ -45,42 +44,40 @@ def identity(x):
 
 
 def choose(args, y, result):
-    """Return this picture's recipe, and its noise's sigma, None where it is not known.
-
-    A camera's noise is not known, nor white: nothing is fused, and steps see photons.
-    """
+    """Return this picture's recipe, and its noise: told, a camera's, or found."""
     sigma = args.noise_sigma if args.observed else args.sigma
-    camera, whole = sigma is None, result.known.all()
+    seen, known = y[result.place], result.known[result.place]
+    if sigma is not None:
+        found = noise.white(sigma)
+    else:
+        found = noise.CAMERA if args.real_noise else noise.find_noise(seen, known)
     recipe = recipes.adapt(
         args.recipe,
         y,
         result.known,
-        sigma,
+        found,
         given=vars(args),
-        fuse=bool(sigma) if whole else sigma == 0,
-        real_noise=camera and args.recipe == "fast",
+        holes=not known.all(),
         eight_bits=result.eight_bits,
     )
-    if recipe.fuse and camera:
-        sigma = estimate_sigma(y[result.place])
-    return recipe, sigma
+    return recipe, found
 
 
 def restore(args, run, result):
     """Learn one picture, and write its results."""
     x, known = result.read()
-    noise = utils.gaussian_noise(x.shape, args.sigma, args.seed)
-    y = known * (x if args.observed else x + noise)
-    recipe, sigma = choose(args, y, result)
+    n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
+    y = known * (x if args.observed else x + n)
+    recipe, found = choose(args, y, result)
     weights = run.initial_weights(len(x))
     learner = Self2Self(y, identity, known, recipe, args.seed, args.device, weights)
-    result.begin(learner, y, sigma, noise=noise)
+    result.begin(learner, y, found, n=n)
     result.resume(learner)  # with --resume
     while learner.step < recipe.iteration:
         learner.train_step()  # a network that dies starts over, at step 0
         if result.is_test(learner.step) and learner.alive():
             restored = learner.predict(args.num_prediction, result.advance)
-            result.add(learner, restored, learner.fuse(restored, sigma))
+            result.add(learner, restored, learner.fuse(restored))
         result.keep(learner)
     result.finish()
 

@@ -1045,7 +1045,7 @@ class Result:
                 f"{path}: {other.uncropped}, but {self.path} is {picture.uncropped}"
             )
 
-    def begin(self, learner, observation, sigma, kernel=None, **simulated):
+    def begin(self, learner, observation, noise, kernel=None, **simulated):
         """Make the folder ready, and write the observation and what it was made of.
 
         Earlier results of the same picture and settings are replaced, others set aside.
@@ -1054,20 +1054,24 @@ class Result:
         Args:
             learner: the network.Self2Self of the observation.
             observation: y, (C, H, W), not clipped, with its margin.
-            sigma: of its noise, 0-255 scale; None: not known.
+            noise: what noise it has, a network.noise.Noise.
             kernel: the PSF (h, w), or None.
-            simulated: noise and blurred, of y's shape, that an --observed image has not.
+            simulated: n, the noise, and blurred, of y's shape, that an --observed image has not.
         """
-        if learner.recipe.fuse and sigma is None:
-            raise InputError(f"{self.path}: no noise is found; --noise_sigma names it")
+        if learner.recipe.fuse and learner.recipe.noise is None:
+            raise InputError(
+                f"{self.path}: its noise is {noise.describe()}: to fuse, --noise_sigma "
+                "says how strong it is"
+            )
         self.observation = observation = np.ascontiguousarray(observation[self.place])
         # Without noise and blur what is known is the result.
-        self.noiseless = not (sigma != 0 or kernel is not None or self.known.all())
+        self.noiseless = noise.kind == "none" and kernel is None
         self.iteration = learner.recipe.iteration
         self.scores = None if self.clean is None else score(observation, self.clean)
-        self._describe(learner, sigma)
-        recipe = asdict(learner.recipe)
-        del recipe["scale"]  # which the observation decides
+        self._describe(learner, noise)
+        recipe = asdict(learner.recipe) | {"kind of noise": noise.kind}
+        for field in ("scale", "noise"):  # which the observation decides
+            del recipe[field]
         if self.args.schedule == "constant":
             del recipe["iteration"]
         arrays = {"image or noise": [observation]}
@@ -1086,12 +1090,12 @@ class Result:
         if kernel is not None:
             save_mat(self.folder / "kernel.mat", "kernel", kernel)
         if not self.args.observed:
-            save_mat(self.folder / "noise.mat", "noise", simulated["noise"][self.place])
+            save_mat(self.folder / "noise.mat", "noise", simulated["n"][self.place])
         if not self.args.observed and "blurred" in simulated:
             blurred = simulated["blurred"][self.place]
             self.picture.save(self.folder / "blurred.png", blurred)
 
-    def _describe(self, learner, sigma):
+    def _describe(self, learner, noise):
         """Say what the picture is: `heading`, a line for the log, and what to know of it."""
         peak, shown = self.picture.peak, black_and_white(self.picture.image)
         self.heading = f"{self.name}: {self.size}"
@@ -1102,10 +1106,10 @@ class Result:
                 self.heading += (
                     f" (peak: the reference's range, {peak * (high - low):.4g})"
                 )
-        if learner.recipe.fuse:
-            self.heading += f", noise sigma {sigma:.4g}"
-            if not self.eight_bits:
-                self.heading += f" ({sigma / 255 * peak:.4g} in the file's numbers)"
+        self.noise = noise.describe(peak)
+        self.heading += f", noise: {self.noise}"
+        if noise.lines and not self.eight_bits:
+            self.heading += " (in the file's numbers)"
         tqdm.write(self.heading)
         if shown != (0, 1):
             low, high = (peak * end for end in shown)
@@ -1269,7 +1273,12 @@ class Result:
     def _write_record(self, finished=False):
         """Write what is known of this image as JSON."""
         record = {"name": self.name, "size": self.size, "finished": finished}
-        record |= {"heading": self.heading, "notes": self.notes, "written": time.time()}
+        record |= {
+            "heading": self.heading,
+            "noise": self.noise,
+            "notes": self.notes,
+            "written": time.time(),
+        }
         record |= {"made_from": self.made_from, "iteration": self.iteration}
         record |= {"observation": self.scores, "columns": COLUMNS, "rows": self.rows}
         data = json.dumps(record, indent=1).encode()

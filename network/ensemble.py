@@ -7,10 +7,11 @@ import torch
 
 
 class Restoration(NamedTuple):
-    """What predictions come to, in the observation's units; arrays of one shape."""
+    """What predictions come to: arrays (C, H, W)."""
 
-    image: np.ndarray  # their mean, (C, H, W)
-    variance: np.ndarray  # theirs by plane, (C, H, W): see fusion.opponent
+    image: np.ndarray  # the restored one, in the observation's units
+    variance: np.ndarray  # of the predictions, by plane, likewise: see fusion.opponent
+    mean: np.ndarray  # of the predictions, in the learner's units
 
 
 class Ensemble:

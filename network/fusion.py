@@ -1,9 +1,5 @@
 """Fusing the ensemble with the observation, which still shows what the network missed."""
 
-import math
-
-import numpy as np
-import scipy.ndimage
 import torch
 from torch.nn import functional as F
 
@@ -173,29 +169,3 @@ def quiet_energy(residual):
         for spectrum in spectra  # one by one, for memory's sake
     ]
     return torch.tensor(bins).mean(0).quantile(QUIET_SHARE).item()
-
-
-def estimate_sigma(observation):
-    """Estimate the standard deviation of white noise, on the 0-255 scale.
-
-    From the median size of a detail that planes do not have (Immerkaer 1996, made
-    robust), where few entries around are 0 or 1: a camera clips noise there. Perfectly
-    flat places, a frame's, do not count. Texture adds to it.
-
-    Args:
-        observation: (C, H, W), [0, 1] scale.
-
-    Returns:
-        None where nothing is left to estimate it from.
-    """
-    detail = np.array([1, -2, 1]) / math.sqrt(6)
-    size = observation.astype(np.float64)
-    for axis in (1, 2):
-        size = scipy.ndimage.correlate1d(size, detail, axis)
-    size = np.abs(size)
-    inside = ((observation > 0) & (observation < 1)).astype(np.float64)
-    around = scipy.ndimage.uniform_filter(inside, (0, 9, 9))
-    varied = size > 1e-9
-    few = np.quantile(around[varied], 0.75) - 0.05 if varied.any() else 0
-    size = size[varied & (around >= few)]
-    return float(255 * np.median(size) / 0.67449) if size.size else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from network.noise import find_noise
 from network.scale import UNIT, Scale, find_scale
 
 UNKNOWN_SIGMA = 25  # taken where the noise is not known
@@ -67,6 +68,10 @@ class Recipe:
     bs: int = 1
     # The map to the learner's units.
     scale: Scale = UNIT
+    # Standard deviation of y's noise in those units, 0-255 scale; None: not known.
+    noise: float | None = None
+    # Whether photons are counted in y's units, not in the learner's.
+    absolute: bool = False
 
 
 RECIPES = {
@@ -115,42 +120,54 @@ def adapt(
     name,
     y,
     known=None,
-    sigma=None,
+    noise=None,
     *,
     given=None,
-    fuse=None,
-    real_noise=False,
+    holes=False,
     eight_bits=False,
     blurred=False,
 ):
     """Return a recipe as it is for one picture.
 
+    White noise is fused, and made even beforehand where it is not; against other noise
+    steps see photons. `paper` does neither.
+
     Args:
         name: of one of RECIPES.
         y, known: the observation and what is known of it: see Self2Self.
-        sigma: standard deviation of its white noise, by which the recipe goes, where 255
-            stands for 1 in y's units; None where it is not known.
+        noise: y's, a noise.Noise; None: it is found, where all of y is known.
         given: what is to be otherwise: Recipe's fields, `real_noise`, `num_prediction` and
             `device` (a torch.device) -> value. None, and any other key, says nothing.
-        fuse: whether fusing may be worth it; None: where sigma is known.
-        real_noise: whether the noise is a camera's, against which photons help.
-        eight_bits: whether y comes from a file of 8 bits, which `paper` takes as it is.
+        holes: whether entries are missing that could have been observed.
+        eight_bits: whether y comes from a file of 8 bits, 255 being 1: `paper` takes it as
+            it is, and photons are counted in its units.
         blurred: whether y is blurred.
     """
     recipe = RECIPES[name]
     given = {k: v for k, v in (given or {}).items() if v is not None}
-    fuse = sigma is not None if fuse is None else fuse
     known = np.ones((1, 1, 1)) if known is None else known
+    noise = noise or find_noise(y, known)
+    evened = recipe.own_scale and not blurred and not noise.is_even()
     as_published = eight_bits and not recipe.own_scale
-    scale = UNIT if as_published else find_scale(y, known, blurred)
-    level = UNKNOWN_SIGMA if sigma is None else sigma / scale.slope()
-    values = dataclasses.asdict(recipe) | {"scale": scale, "fuse": recipe.fuse and fuse}
+    lines = noise.lines if evened else ()
+    scale = UNIT if as_published else find_scale(y, known, blurred, lines)
+    sigma = noise.sigma() if noise.lines else None
+    sigma = None if sigma is None else scale.level(sigma)
+    filled = holes and not blurred and sigma == 0
+    fuse = noise.is_white() and (evened or noise.is_even())
+    fuse = recipe.fuse and (filled or (fuse and sigma > 0 and not holes))
+    level = sigma if noise.is_white() and not blurred else UNKNOWN_SIGMA
+    values = dataclasses.asdict(recipe) | {"scale": scale, "noise": sigma, "fuse": fuse}
+    values["absolute"] = eight_bits and recipe.own_scale and not lines
+    if noise.kind == "none" and not holes and not blurred:
+        values["iteration"] = 1  # there is nothing to learn
     for field, value in values.items():
         if isinstance(value, dict):
             values[field] = next(v for k, v in reversed(value.items()) if k <= level)
         values[field] = given.get(field, values[field])
     values["fuse"] &= values["drop_rate"] > 0 and given.get("num_prediction", 2) > 1
-    if not given.get("real_noise", real_noise):
+    camera = recipe.own_scale and not blurred and not noise.is_white()
+    if not given.get("real_noise", camera):
         values["photons"] = None
     if values["precision"] == "auto":
         fast = multiplies_bfloat16(given.get("device", torch.device("cpu")))

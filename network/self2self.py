@@ -12,6 +12,7 @@ from network.ensemble import Ensemble, Restoration
 from network.masks import BernoulliMasks, flip
 from network.muon import make_optimizers, moments
 from network.punet import Punet, inverse_bent_sigmoid
+from network.scale import UNIT
 from network.windows import Window, tiles
 
 # Pixels in one forward pass of the ensemble: they fill a GPU, and suit a CPU's cache.
@@ -65,6 +66,8 @@ class Self2Self:
         kind = {"dtype": torch.float32, "device": self.device}
         self.y = torch.as_tensor(recipe.scale.to(y) * known, **kind)[None]
         self.known = torch.as_tensor(known, **kind)[None]
+        scale = recipe.scale if recipe.absolute else UNIT
+        self.black, self.unit = -scale.offset / scale.span, scale.span  # of photons
         self.health = health.Health(self.y, self.known, recipe.bend)
         self.masks = BernoulliMasks(self.device, seed, 0)
         reach = getattr(forward_operator, "reach", 0)
@@ -236,16 +239,12 @@ class Self2Self:
             advance(n)
         mean, variance = ensemble.mean_and_variance()
         mean, variance = mean.cpu().numpy(), variance.cpu().numpy()
-        return Restoration(self._back(mean), self._squared_back(variance))
+        by_plane = (self.recipe.scale.slope(mean) ** 2).mean(0)
+        image = self.recipe.scale.back(mean, self.observed_dtype)
+        return Restoration(image, self._typed(variance * by_plane), mean)
 
-    def _back(self, values):
-        """Bring an array to y's units and type."""
-        return self.recipe.scale.back(values, self.observed_dtype)
-
-    def _squared_back(self, values):
-        """Bring an array of variances or squared errors to y's units and type."""
-        squared = np.float64(values) * self.recipe.scale.slope() ** 2
-        return squared.astype(self.observed_dtype)
+    def _typed(self, values):
+        return values.astype(self.observed_dtype)
 
     def _predict(self, masks, n):
         """Predict the whole picture, tile by tile, from n Bernoulli samples."""
@@ -263,13 +262,11 @@ class Self2Self:
             part += self._sample(masks, y, known, n)[0] * weight
         return whole
 
-    def fuse(self, restored, sigma):
+    def fuse(self, restored):
         """Fuse an ensemble with the observation: see fusion.fuse, missing.fuse.
 
         Args:
             restored: the Restoration that `predict` gave.
-            sigma: standard deviation of the observation's noise, where 255 stands for 1
-                in y's units.
 
         Returns:
             The fused restoration and its predicted squared error, (C, H, W), in y's
@@ -280,16 +277,17 @@ class Self2Self:
         scale, seen = self.recipe.scale, (self.y[0], self.known[0])
         keep_memory(2**26, 2**28)  # of a large picture's tensors there are many
         try:
-            image, variance = restored
-            variance = variance / scale.slope() ** 2
+            mean, variance = restored.mean, restored.variance
+            variance = variance / (scale.slope(mean) ** 2).mean(0)
             if not self.window.reach and not self.known.all():  # holes, not a margin
-                fused, error = missing.fuse(scale.to(image), variance, *seen)
+                fused, error = missing.fuse(mean, variance, *seen)
             else:
-                others = sigma / scale.slope(), self.forward_operator
-                fused, error = fusion.fuse(scale.to(image), variance, *seen, *others)
+                others = self.recipe.noise, self.forward_operator
+                fused, error = fusion.fuse(mean, variance, *seen, *others)
         finally:
             tune_cpu()
-        return self._back(fused), self._squared_back(error)
+        error = error * scale.slope(fused) ** 2
+        return scale.back(fused, self.observed_dtype), self._typed(error)
 
     def mean_loss(self):
         """Mean loss of the steps since this was last asked for. Reads the device."""
@@ -321,9 +319,10 @@ class Self2Self:
         y, known = (x[:, :, *window] for x in (self.y, self.known))
         seen = y.expand(recipe.bs, -1, -1, -1)
         if recipe.photons:
-            # Below 0 the counts are of what lies below.
-            counts = self.masks.poisson(recipe.photons * seen.abs())
-            seen = seen.sign() * counts / recipe.photons
+            # Below black the counts are of what lies below.
+            black, n = self.black, recipe.photons * self.unit
+            counts = self.masks.poisson(n * (seen - black).abs())
+            seen = black + (seen - black).sign() * counts / n
         prediction, mask = self._sample(self.masks, seen, known, recipe.bs)
         judged = (known - mask if recipe.drop_rate else known) * self.window.inner
         judged = judged.expand_as(prediction)

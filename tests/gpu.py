@@ -31,6 +31,7 @@ import deblur
 import denoise
 import utils
 from network import Self2Self, fusion, missing, punet, recipes
+from network.noise import white
 
 SCRIPTS = {"denoise": denoise, "deblur": deblur}
 BLUR = deblur.CircularBlur(deblur.gaussian_psf(15, 1.0))
@@ -67,7 +68,7 @@ def picture(side, channels=1, seed=0):
 
 def learner(name, y, operator=denoise.identity, **changes):
     """A learner of y by a recipe, in float32 unless it is changed."""
-    recipe = recipes.adapt(name, y, sigma=25, blurred=operator is BLUR)
+    recipe = recipes.adapt(name, y, noise=white(25), blurred=operator is BLUR)
     recipe = replace(recipe, **{"precision": "float32"} | changes)
     return Self2Self(y, operator, None, recipe, device=DEVICE)
 
@@ -120,7 +121,7 @@ def restored(clean, y, precision):
     made = learner("fast", y, precision=precision)
     train(made, 6 if QUICK else made.recipe.iteration)
     ensemble = made.predict(4 if QUICK else 100)
-    images = ensemble.image, made.fuse(ensemble, 25)[0]
+    images = ensemble.image, made.fuse(ensemble)[0]
     return [utils.score(image, clean)[0] for image in images]
 
 

@@ -71,7 +71,7 @@ def learn(y, operator, clean, args, recipe):
     while learner.step < recipe.iteration:
         learner.train_step()
     ensemble = learner.predict(args.num_prediction)
-    fused = learner.fuse(ensemble, args.sigma)
+    fused = learner.fuse(ensemble)
     restored, predicted, correlation = ensemble.image, math.nan, math.nan
     if fused:
         restored, error = fused

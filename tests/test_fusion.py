@@ -160,8 +160,9 @@ def test_frequencies_do_not_blow_up_what_a_blur_has_taken(monkeypatch):
 
 def test_learner_fuses_its_own_observation_and_variance():
     y = random_image(1, 32, 33)
-    learner = train(begun(y, roll, fuse=True), 2)
+    learner = train(begun(y, roll, fuse=True, noise=20), 2)
     ensemble = learner.predict(4)
-    expected = fusion.fuse(*ensemble, y, torch.ones(1), 20, roll)
-    for made, other in zip(learner.fuse(ensemble, 20), expected, strict=True):
+    given = ensemble.mean, ensemble.variance, y, torch.ones(1), 20, roll
+    expected = fusion.fuse(*given)
+    for made, other in zip(learner.fuse(ensemble), expected, strict=True):
         np.testing.assert_array_equal(made, other)

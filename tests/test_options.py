@@ -29,7 +29,7 @@ def parse(flags, task="denoise"):
 
 
 def chosen(flags, task="denoise", y=None, eight_bits=True):
-    """Return the recipe and sigma that a script chooses for an observation."""
+    """Return the recipe and noise that a script chooses for an observation."""
     args = parse(flags, task)
     y = WHOLE if y is None else y
     hidden = args.mask or args.missing
@@ -60,7 +60,7 @@ def test_every_option_has_a_default_and_the_others_a_recipe_decides(task):
 def test_a_flag_wins_over_the_script_and_the_script_over_the_recipe(monkeypatch):
     paper, fast = (chosen(f"--sigma 5 --recipe {r}")[0] for r in ("paper", "fast"))
     named = recipes.RECIPES["paper"]
-    assert paper == replace(named, photons=None)
+    assert paper == replace(named, photons=None, noise=paper.noise)
     differ = {
         f.name for f in fields(fast) if getattr(fast, f.name) != getattr(paper, f.name)
     }
@@ -116,12 +116,14 @@ def test_fast_fuses_where_it_pays():
 
 @pytest.mark.parametrize("task", SCRIPTS)
 def test_white_noise_of_a_named_level_is_fused_without_photons(task):
-    recipe, sigma = chosen("--observed --noise_sigma 7", task)
-    assert (recipe.fuse, recipe.photons, sigma) == (True, None, 7)
-    recipe, sigma = chosen("--observed --noise_sigma 7 --fuse off --real_noise", task)
-    assert (recipe.fuse, recipe.photons, sigma) == (False, 100, 7)
-    recipe, sigma = chosen("--observed --noise_sigma 0", task)
-    assert (recipe.fuse, recipe.photons, sigma) == (False, None, 0)
+    for flags, fuses, photons, sigma in (
+        ("--noise_sigma 7", True, None, 7),
+        ("--noise_sigma 7 --fuse off --real_noise", False, 100, 7),
+        ("--noise_sigma 0", False, None, 0),
+    ):
+        recipe, noise = chosen(f"--observed {flags}", task)
+        assert (recipe.fuse, recipe.photons) == (fuses, photons)
+        assert noise.sigma() == pytest.approx(sigma)
 
 
 def test_the_old_words_for_no_noise_say_the_new_ones(capsys):

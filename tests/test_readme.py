@@ -13,8 +13,8 @@ def test_the_use_from_python_restores_an_array():
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )[1]
     assert len(code.splitlines()) <= 12
-    few = 'sigma=25, given={"iteration": 4})'
-    code = code.replace("sigma=25)", few, 1).replace("predict(100)", "predict(2)")
+    few = '"fast", y, given={"iteration": 4})'
+    code = code.replace('"fast", y)', few, 1).replace("predict(100)", "predict(2)")
     Path("use.py").write_text(code.replace("192:320", "192:256"))
     names = runpy.run_path("use.py")
     assert names["learner"].step == 4

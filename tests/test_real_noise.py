@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import stats
 from tensors import begun, on_devices, random_image, train
-from test_options import chosen
 
 from network import self2self
 from network.masks import BernoulliMasks
+from network.scale import Scale
 
 
 @on_devices
@@ -71,19 +71,15 @@ def test_resumed_learner_draws_the_counts_that_it_would_have_drawn():
     np.testing.assert_array_equal(learner.predict(2), resumed.predict(2))
 
 
-@pytest.mark.parametrize(
-    ("task", "flags", "photons"),
-    [
-        ("denoise", "", None),
-        ("denoise", "--observed", 100),
-        ("denoise", "--observed --sigma 0", None),
-        ("denoise", "--observed --no-real_noise", None),
-        ("denoise", "--observed --recipe paper", None),
-        ("denoise", "--observed --recipe paper --real_noise", 25),
-        ("denoise", "--real_noise", 100),
-        ("deblur", "--observed", None),
-        ("deblur", "--observed --real_noise", 100),
-    ],
-)
-def test_a_cameras_picture_is_drawn_anew_by_default(task, flags, photons):
-    assert chosen(flags, task)[0].photons == photons
+def test_photons_of_a_file_of_8_bits_are_counted_in_its_units():
+    y = random_image(1, 200, 200) * 0.5 + 0.25
+    for absolute, unit in ((False, 1.0), (True, 0.5)):
+        scale = Scale(0.25, 0.5)
+        learner = begun(y, photons=100, scale=scale, absolute=absolute, iteration=1)
+        seen = []
+        learner._sample = lambda masks, image, *_, seen=seen: seen.append(image)
+        with pytest.raises(TypeError):  # what it saw is enough
+            learner._train()
+        noise = scale.back(seen[0].numpy()[0], np.float64) - y.numpy()
+        expected = (y if absolute else (y - 0.25) * unit * 0.5).mean() / 100
+        assert noise.var() == pytest.approx(expected.item(), rel=0.05)

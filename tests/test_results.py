@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import scipy.io
+import skimage.data
 import tifffile
 from PIL import Image, ImageCms
 from scripts import QUICK, RNG, ROOT, SCRIPTS, files, run, without_seconds, write
@@ -73,25 +75,39 @@ def test_fused_results_state_the_plain_ensemble_too(task):
     assert not (plain / "error.mat").exists()
 
 
-def test_an_observed_images_noise_is_given_or_estimated():
+def test_an_observed_images_noise_is_given_or_found(capsys):
     noisy = RNG.normal(128, 20, (64, 64)).clip(1, 254).astype(np.uint8)
+    shared = cv2.GaussianBlur(noisy, (0, 0), 1)
     Path("in").mkdir()
     cv2.imwrite("in/a.png", noisy)
+    cv2.imwrite("in/b.png", shared)
     errors, sigmas = [], []
     for flags in ("", "--noise_sigma 20", "--noise_sigma 60"):
-        flags = f"--path in/a.png --observed --fuse on --recipe paper {flags}"
-        assert run("denoise", flags) == 0
+        assert run("denoise", f"--path in/a.png --observed {flags}") == 0
         log = Path("logs/denoise/log.txt").read_text()
-        sigmas.append(float(re.search(r"noise sigma ([\d.]+)", log)[1]))
+        sigmas.append(float(re.search(r"noise: white, sigma ([\d.]+)", log)[1]))
+        made = max(Path("images/in/a.png").rglob("error.mat"), key=os.path.getmtime)
+        errors.append(scipy.io.loadmat(made)["error"].mean())
+        record = json.loads((made.parent / "record.json").read_text())
+        assert record["noise"] == f"white, sigma {sigmas[-1]:.3g}"
     assert sigmas == [pytest.approx(20, rel=0.1), 20, 60]
-    for name in ("", "noise_sigma20_", "noise_sigma60_"):
-        (made,) = Path("images/in/a.png/denoise").glob(f"observed_paper_{name}fuse*")
-        errors.append(scipy.io.loadmat(made / "error.mat")["error"].mean())
     assert errors[0] == pytest.approx(errors[1], rel=0.1)
     assert errors[2] > errors[1]
+    assert run("denoise", "--path in/b.png --observed") == 0
+    assert "noise: shared by neighbours" in Path("logs/denoise/log.txt").read_text()
+    assert run("denoise", "--path in/b.png --observed --fuse on --seed 1") == 2
+    assert "--noise_sigma says how strong it is" in capsys.readouterr().err
+
+
+def test_a_clean_picture_is_given_back():
+    smooth = cv2.GaussianBlur(skimage.data.camera(), (0, 0), 1)
+    clean = smooth[100:228, 100:228]
+    Path("in").mkdir()
+    cv2.imwrite("in/a.png", clean)
     assert run("denoise", "--path in/a.png --observed") == 0
-    log = Path("logs/denoise/log.txt").read_text()
-    assert "noise sigma" not in log  # a camera's is not white
+    (made,) = Path("images").rglob("restored.png")
+    np.testing.assert_array_equal(cv2.imread(str(made), cv2.IMREAD_UNCHANGED), clean)
+    assert "noise: none to speak of" in Path("logs/denoise/log.txt").read_text()
 
 
 def test_bundled_image_and_model_type():

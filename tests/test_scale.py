@@ -62,10 +62,10 @@ def test_restoring_goes_with_scale_and_offset(changes, channels, most):
     for a, b in ((1.0, 0.0), *SCALES[:2]):
         blurred = "operator" in changes
         scale = find_scale(a * y + b, ALL if known is None else known, blurred)
-        settings = FAST | {"scale": scale} | changes
+        settings = FAST | {"scale": scale, "noise": scale.level(a * 15)} | changes
         learner = begun(a * y + b, known=known, **settings)
         ensemble = train(learner, 5).predict(2)
-        fused, error = learner.fuse(ensemble, a * 15)
+        fused, error = learner.fuse(ensemble)
         made = [(x - b) / a for x in (ensemble.image, fused)]
         results.append([*made, ensemble.variance / a**2, error / a**2])
     for other in results[1:]:
@@ -159,7 +159,7 @@ def test_a_float_pictures_values_are_its_own(capsys):
     )
     assert "peak: the reference's range" in out
     assert out.count("PNGs show") == 1
-    assert "noise sigma 2.55e+04 (100 in the file's numbers)" in out
+    assert "noise: white, sigma 100 (in the file's numbers)" in out
     shown = cv2.imread(str(results / "noisy.png"), cv2.IMREAD_UNCHANGED)
     assert (shown.min(), shown.max(), shown.dtype) == (0, 65535, np.uint16)
     error = scipy.io.loadmat(results / "error.mat")["error"]

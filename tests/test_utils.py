@@ -9,7 +9,6 @@ import torch
 
 import deblur
 import utils
-from network.fusion import estimate_sigma
 
 RNG = np.random.default_rng(0)
 
@@ -104,23 +103,6 @@ def test_noise_is_white_and_of_the_named_sigma():
     assert abs(np.mean(noise[0] * noise[1])) < 4 * (25 / 255) ** 2 / 200
     assert (noise == utils.gaussian_noise((3, 200, 200), 25, 1)).all()
     assert not (noise == utils.gaussian_noise((3, 200, 200), 25, 2)).any()
-
-
-@pytest.mark.parametrize("sigma", [2, 10, 25])
-def test_noise_is_estimated_from_an_image_with_structure(sigma):
-    rows, columns = np.mgrid[:120, :160] / 100
-    clean = np.stack([np.sin(3 * rows) / 2, columns > rows, 0.4 * columns]) * 0.8 + 0.1
-    noisy = (clean + utils.gaussian_noise(clean.shape, sigma, 0)).clip(0, 1)
-    assert estimate_sigma(noisy) == pytest.approx(sigma, rel=0.1)
-    noisy[:, :, :60] = 1  # burnt out
-    assert estimate_sigma(noisy) == pytest.approx(sigma, rel=0.1)
-
-
-def test_clipping_does_not_lower_the_noise_that_is_estimated():
-    clean = np.full((1, 128, 256), 0.05)
-    clean[..., 160:] = 0.5
-    noisy = (clean + utils.gaussian_noise(clean.shape, 50, 0)).clip(0, 1)
-    assert estimate_sigma(noisy) == pytest.approx(50, rel=0.05)
 
 
 def test_scores_are_those_of_the_clipped_image():

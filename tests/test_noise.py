@@ -1,0 +1,201 @@
+"""What noise a picture has is told from the picture; growing noise is made even."""
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+from scipy import ndimage, stats
+from tensors import identity, train
+from test_options import chosen
+
+from network import Self2Self, recipes
+from network.noise import Noise, find_noise, white
+from network.scale import Scale, destabilise, find_scale, stabilise
+
+ALL = np.ones((1, 1, 1))
+
+
+def photograph(channels=1, side=256):
+    """A photograph from 0.1 to 0.9, (C, side, side), without noise of its own."""
+    pixels = skimage.data.astronaut() if channels == 3 else skimage.data.camera()
+    pixels = np.atleast_3d(pixels)[:side, 128 : 128 + side] / 255
+    return 0.1 + 0.8 * ndimage.gaussian_filter(pixels, (0.7, 0.7, 0)).transpose(2, 0, 1)
+
+
+def noise(shape, sigma, blur=0.0):
+    drawn = ndimage.gaussian_filter(
+        np.random.default_rng(0).normal(0, 1, shape), (0, blur, blur)
+    )
+    return drawn * (sigma / 255 / drawn.std())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sigma", [5, 10, 25, 50])
+def test_white_noise_is_found_with_its_sigma(sigma, channels):
+    clean = photograph(channels)
+    found = find_noise(clean + noise(clean.shape, sigma), ALL)
+    assert found.kind == "white" and found.is_even() and found.is_white()
+    assert found.sigma() == pytest.approx(sigma, rel=0.05)
+    assert found.describe() == f"white, sigma {found.sigma():.3g}"
+
+
+@pytest.mark.parametrize(("gain", "own"), [(0.01, 0.01), (0.05, 0.02)])
+@pytest.mark.parametrize(("times", "plus"), [(1, 0), (600, 30_000), (-2, 1)])
+def test_noise_that_grows_is_found_with_its_gain(gain, own, times, plus):
+    clean, rng = photograph(), np.random.default_rng(0)
+    y = gain * rng.poisson(clean / gain) + rng.normal(0, own, clean.shape)
+    found = find_noise(times * y + plus, ALL)
+    if times < 0:  # a negative: noise is stronger where it is dark
+        assert found.kind == "white"
+        return
+    assert found.kind == "growing" and found.is_white() and not found.is_even()
+    for level in (0.3, 0.8):
+        expected = 255 * times * np.sqrt(gain * level + own**2)
+        assert found.sigma(times * level + plus) == pytest.approx(expected, rel=0.1)
+    ((slope, _),) = found.lines
+    assert slope == pytest.approx(times * gain, rel=0.2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("blur", [0.6, 1.2])
+def test_noise_that_neighbours_share_is_told_from_white(blur, channels):
+    clean = photograph(channels)
+    found = find_noise(clean + noise(clean.shape, 15, blur), ALL)
+    assert found.kind == "correlated" and not found.is_white()
+    assert found.sigma() is None
+
+
+@pytest.mark.parametrize(("quality", "channels"), [(60, 3), (75, 1), (90, 1), (90, 3)])
+def test_a_jpeg_is_told_by_its_grid(quality, channels):
+    pixels = photograph(channels) + noise((channels, 256, 256), 10)
+    pixels = np.rint(255 * pixels.clip(0, 1)).astype(np.uint8).transpose(1, 2, 0)
+    data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    decoded = np.atleast_3d(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
+    y = decoded[3:, 5:].transpose(2, 0, 1) / 255
+    assert find_noise(y, ALL).kind == "compressed"
+
+
+def test_what_is_missing_or_burnt_out_or_flat_does_not_count():
+    clean = photograph()
+    y = clean + noise(clean.shape, 20)
+    known = np.ones_like(y)
+    y[:, :100, :100] = y.max() + 0.2  # burnt out
+    y[:, 200:] = 0.3  # a frame
+    known[:, 100:200, :90] = 0
+    y[known == 0] = np.random.default_rng(1).random((known == 0).sum())
+    assert find_noise(y, known).sigma() == pytest.approx(20, rel=0.06)
+
+
+def test_clipping_does_not_lower_the_noise():
+    clean = np.full((1, 128, 256), 0.05)
+    clean[..., 160:] = 0.5
+    y = (clean + noise(clean.shape, 50)).clip(0, 1)
+    assert find_noise(y, ALL).sigma() == pytest.approx(50, rel=0.05)
+
+
+def test_a_clean_picture_has_none_and_comes_back():
+    found = find_noise(photograph(), ALL)
+    assert found == white(0) == Noise("none", ((0.0, 0.0),))
+    assert "nothing is changed" in found.describe()
+    recipe, _ = chosen("--observed", y=photograph(), eight_bits=False)
+    assert (recipe.iteration, recipe.fuse, recipe.photons) == (1, False, None)
+
+
+def test_where_it_cannot_be_told_that_is_said():
+    clean = photograph()
+    texture = clean + 0.05 * ndimage.gaussian_filter(noise(clean.shape, 255), (0, 1, 1))
+    found = find_noise(texture + noise(clean.shape, 5), ALL)
+    assert found.kind == "unknown" and found.is_white() and found.sigma() > 4
+    assert found.describe().startswith("of what kind cannot be told, sigma ")
+    known = np.random.default_rng(0).random(clean.shape) < 0.5
+    found = find_noise(clean * known, known)
+    assert found.kind == "unknown" and not found.is_white()
+    assert found.describe() == "of what kind cannot be told"
+
+
+def integrated(x, gain, own):
+    """Mean and variance of stabilised y = gain * Poisson(x / gain) + N(0, own^2)."""
+    counts = np.arange(int(x / gain + 12 * np.sqrt(x / gain) + 30))
+    points, weights = np.polynomial.hermite_e.hermegauss(60)
+    y = gain * counts[:, None] + own * points
+    share = stats.poisson(x / gain).pmf(counts)[:, None] * weights / weights.sum()
+    made = stabilise(y[None], ((gain, own**2),))[0]
+    mean = (share * made).sum()
+    return mean, (share * (made - mean) ** 2).sum()
+
+
+@pytest.mark.parametrize(("gain", "own"), [(0.02, 0.01), (0.1, 0.15), (3.0, 4.0)])
+def test_stabilised_noise_is_even_and_comes_back_without_bias(gain, own):
+    for counts in (0.5, 1, 4, 20, 100):
+        mean, variance = integrated(gain * counts, gain, own)
+        back = destabilise(np.full((1, 1, 1), mean), ((gain, own**2),)).item()
+        assert back == pytest.approx(gain * counts, rel=0.02, abs=0.05 * gain)
+        if counts >= 4:
+            assert variance == pytest.approx(1, abs=0.1)
+
+
+def test_a_pedestal_and_units_do_not_change_what_is_stabilised():
+    y, lines = photograph(3), ((0.02, 0.003), (0.01, 0.001), (0.0, 0.004))
+    known, (a, b) = np.ones_like(y), (600.0, 30_000.0)
+    other = tuple((a * g, a * a * o - a * g * b) for g, o in lines)
+    scale, scaled = (
+        find_scale(y, known, lines=lines),
+        find_scale(a * y + b, known, lines=other),
+    )
+    np.testing.assert_allclose(scaled.to(a * y + b), scale.to(y), atol=1e-5)
+    values = scale.to(y)
+    made = (scaled.back(values, np.float64) - b) / a
+    np.testing.assert_allclose(made, scale.back(values, np.float64), atol=1e-5)
+    slope = (
+        scale.back(values + 1e-3, np.float64) - scale.back(values, np.float64)
+    ) / 1e-3
+    np.testing.assert_allclose(scale.slope(values), slope, rtol=0.05)
+    assert scale.level(None) == 255 / scale.span
+    assert Scale(0.5, 2.0).level(25) == 12.5
+
+
+def test_growing_noise_is_learnt_and_fused_where_it_is_even():
+    rows, columns = np.mgrid[:64, :64] / 64
+    clean, gain = 0.1 + 0.4 * (columns + (rows > columns))[None], 0.03
+    y = gain * np.random.default_rng(0).poisson(clean / gain)
+    given = {"iteration": 30, "precision": "float32"}
+    recipe = recipes.adapt("fast", y, given=given)
+    assert recipe.scale.lines and recipe.fuse and recipe.photons is None
+    learner = train(Self2Self(y, identity, None, recipe), 30)
+    restored = learner.predict(10)
+    fused, error = learner.fuse(restored)
+    true = (fused - clean) ** 2
+    assert true.mean() < 0.3 * ((y - clean) ** 2).mean()
+    assert 0.2 < error.mean() / true.mean() < 5  # after so few steps
+    # The noise of y where it is bright is stronger: so is the error that is expected.
+    bright = clean > np.median(clean)
+    assert error[bright].mean() > error[~bright].mean()
+    assert abs(fused.mean() - y.mean()) < 0.01
+
+
+def test_a_recipe_follows_from_the_noise():
+    clean, rng = photograph(), np.random.default_rng(0)
+    grown = 0.02 * rng.poisson(clean / 0.02)
+    shared = clean + noise(clean.shape, 15, 1.0)
+    even = clean + noise(clean.shape, 15)
+    for y, flags, fuses, lines, photons in (
+        (even, "", True, False, None),
+        (even, "--recipe paper", False, False, None),
+        (even, "--fuse off", False, False, None),
+        (even, "--real_noise", False, False, 100),
+        (grown, "", True, True, None),
+        (grown, "--recipe paper", False, False, None),
+        (grown, "--noise_sigma 20", True, False, None),
+        (shared, "", False, False, 100),
+        (shared, "--no-real_noise", False, False, None),
+        (shared, "--noise_sigma 20", True, False, None),
+        (shared, "--recipe paper --real_noise", False, False, 25),
+    ):
+        recipe, _ = chosen(f"--observed {flags}", y=y)
+        assert recipe.fuse == fuses, flags
+        assert bool(recipe.scale.lines) == lines, flags
+        assert recipe.photons == photons, flags
+    for y, fuses in ((even, True), (grown, False), (shared, False)):
+        recipe, _ = chosen("--observed", "deblur", y)
+        assert (recipe.fuse, recipe.photons) == (fuses, None)
+        assert not recipe.scale.lines
