@@ -133,7 +133,9 @@ def find_noise(y, known):
     unknown = middle > WHITE * highest or np.abs(shared).max() > SHARED
     if bright > GROWS * dark and not unknown:
         return growing
-    means = (max(gain * sum(ends) / 2 + offset, 0) for gain, offset in lines)
+    # Of texture the highest frequencies have the least.
+    share = min(highest, 1) if unknown else 1
+    means = (share * max(gain * sum(ends) / 2 + offset, 0) for gain, offset in lines)
     even = tuple((0.0, mean) for mean in means)
     return Noise("unknown" if unknown else "white", even, ends)
 

@@ -138,6 +138,22 @@ class Punet(nn.Module):
         ).float()
 
 
+def initialise_like_tensorflow(network):
+    """Draw a Punet's first weights as the TensorFlow code does.
+
+    Glorot's uniform ones in the encoder; in the decoder He's normal ones, of standard
+    deviation sqrt(2 / fan-in), in the last layer 1 / sqrt(fan-in); no biases.
+    """
+    for layer in network.encoder:
+        nn.init.xavier_uniform_(layer.weight)
+    *layers, last = itertools.chain.from_iterable(network.decoder)
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.kaiming_normal_(last.weight, nonlinearity="linear")
+    for layer in (*network.encoder, *layers, last):
+        nn.init.zeros_(layer.bias)
+
+
 def bent_sigmoid(x, bend):
     """The sigmoid, continued by its tangents where it is below bend and above 1 - bend.
 

@@ -43,7 +43,9 @@ class Recipe:
     # The partial convolutions' numerator: window, k*k as the TensorFlow layer has it, or
     # entries, k*k*C, with which signals keep their size.
     ratio: str
-    # default: PyTorch's initial weights; mean: the last bias is such that the first
+    # Initial weights: pytorch, its default, or tensorflow: He's and Glorot's, see punet.py.
+    initialisation: str
+    # default: the last bias is as initialised; mean: it is such that the first
     # predictions have the observation's mean.
     start: str
     # Where the last sigmoid goes on as a straight line, in [0, 0.5): see Punet.
@@ -85,6 +87,7 @@ RECIPES = {
         beta2=0.999,  # PyTorch's default
         schedule="constant",
         ratio="window",
+        initialisation="tensorflow",
         start="default",
         bend=0.0,
         own_scale=False,
@@ -104,6 +107,7 @@ RECIPES = {
         beta2=0.9,
         schedule="linear",
         ratio="entries",
+        initialisation="pytorch",  # with this rate as good
         start="mean",  # a large rate does not run into the sigmoid's flat ends
         bend=0.1,  # what lies beyond the range of y can be reached
         own_scale=True,

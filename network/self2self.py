@@ -11,7 +11,7 @@ from network.cpu import keep_memory, tune_cpu
 from network.ensemble import Ensemble, Restoration
 from network.masks import BernoulliMasks, flip
 from network.muon import make_optimizers, moments
-from network.punet import Punet, inverse_bent_sigmoid
+from network.punet import Punet, initialise_like_tensorflow, inverse_bent_sigmoid
 from network.scale import UNIT
 from network.windows import Window, tiles
 
@@ -100,6 +100,8 @@ class Self2Self:
                 recipe.bend,
             )
             network = Punet(channels, *settings)
+            if recipe.initialisation == "tensorflow":
+                initialise_like_tensorflow(network)
             if self.initial_weights and not attempt:
                 for weight, given in zip(network.parameters(), self.initial_weights):
                     weight.copy_(given)

@@ -140,6 +140,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=SCRIPTS, default="denoise")
     parser.add_argument("--images", help="folder; default: images of scikit-image")
+    parser.add_argument("--observation", help=".npz of one, and of its clean image")
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--sigmas", type=float, nargs="+", default=[25.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -154,6 +155,8 @@ def main():
     scores = json.loads(out.read_text()) if out.exists() else {}
     names = [args.images] if args.images else BUNDLED
     files = [file for name in names for file in utils.find_images(name)]
+    if args.observation:
+        given, files = np.load(args.observation), [Path(args.observation)]
     operator, psf = denoise.identity, None
     if args.task == "deblur":
         psf = deblur.gaussian_psf(15, 1.0)
@@ -173,9 +176,12 @@ def main():
     tables = {}
     cases = itertools.product(args.sigmas, args.seeds, files)
     for sigma, seed, file in cases:
-        clean = utils.read_picture(file, args.crop).image
-        blurred = operator(torch.from_numpy(clean)[None])[0].numpy()
-        y = blurred + utils.gaussian_noise(clean.shape, sigma, seed)
+        if args.observation:
+            y, clean = given["observation"], given["clean"]
+        else:
+            clean = utils.read_picture(file, args.crop).image
+            blurred = operator(torch.from_numpy(clean)[None])[0].numpy()
+            y = blurred + utils.gaussian_noise(clean.shape, sigma, seed)
         case = (args.task, blur_name, sigma)
         place = (*case, *utils.result_names(file), args.crop, seed, device.type)
         rows = tables.setdefault(case, {})

@@ -16,6 +16,25 @@ from network import punet
 from network.punet import EdgePad, Punet
 
 
+def test_first_weights_are_those_of_the_tensorflow_code():
+    """Moments by layer; the last layer has no ReLU behind it."""
+    torch.manual_seed(0)
+    network = Punet(3, 0.3)
+    punet.initialise_like_tensorflow(network)
+    *middle, last = [conv for stage in network.decoder for conv in stage]
+    for layers, gain in ((middle, 2), ([last], 1), (network.encoder, None)):
+        for layer in layers:
+            out, fan_in = layer.weight.shape[0], layer.weight[0].numel()
+            expected = gain / fan_in if gain else 2 / (fan_in + 9 * out)
+            count = layer.weight.numel()
+            weight = layer.weight.detach()
+            assert weight.var() == pytest.approx(expected, rel=6 / count**0.5)
+            assert weight.mean().abs() < 4 * (expected / count) ** 0.5
+            assert (layer.bias == 0).all()
+            if not gain:  # uniform
+                assert weight.abs().max() <= (3 * expected) ** 0.5
+
+
 class Recorder:
     """A dropout source that keeps what it drew."""
 
