@@ -19,13 +19,13 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cv2
 import numpy as np
 import skimage.data
 import torch
+from scripts import ROOT, SCRIPTS
 
 import deblur
 import denoise
@@ -33,7 +33,6 @@ import utils
 from network import Self2Self, fusion, missing, punet, recipes
 from network.noise import white
 
-SCRIPTS = {"denoise": denoise, "deblur": deblur}
 BLUR = deblur.CircularBlur(deblur.gaussian_psf(15, 1.0))
 
 
@@ -94,26 +93,24 @@ def smoke():
 def timed(name, y):
     """Milliseconds of a step, seconds of 100 predictions, of a learner's start; MiB."""
     started = time.perf_counter()
-    made = learner(name, y)
+    made, count = learner(name, y), 2 if QUICK else 100
     train(made, 1)
-    times = [time.perf_counter() - started]
-    train(made, 2 if QUICK else 50)
-    started, count = time.perf_counter(), 2 if QUICK else 200
+    begun = time.perf_counter()
     train(made, count)
-    times.insert(0, 1e3 * (time.perf_counter() - started) / count)
-    started = time.perf_counter()
-    made.predict(2 if QUICK else 100)
-    times.insert(1, time.perf_counter() - started)
+    trained = time.perf_counter()
+    made.predict(count)
+    spent = 1e3 * (trained - begun) / count, time.perf_counter() - trained
     cuda = DEVICE.type == "cuda"
-    return [*times, torch.cuda.max_memory_reserved() / 2**20 if cuda else None]
+    memory = torch.cuda.max_memory_reserved() / 2**20 if cuda else None
+    return [*spent, begun - started, memory]
 
 
 def steps():
     """Speed and memory."""
     cases = [("fast", 256, 1), ("fast", 512, 1), ("fast", 1024, 3), ("paper", 256, 1)]
     for name, side, channels in [("fast", 48, 1)] if QUICK else cases:
-        y = picture(side, channels)
-        tried(f"steps: {name}, {side}x{side}x{channels}", timed, name, y)
+        case = f"steps: {name}, {side}x{side}x{channels}"
+        tried(case, timed, name, picture(side, channels))
 
 
 def restored(clean, y, precision):
@@ -136,13 +133,11 @@ def quality():
 def fused_apart(x, operator):
     """Return how far fusing on the device is from a CPU's, at most."""
     noise, known = utils.gaussian_noise(x.shape, 10, 0), np.ones_like(x[:1])
-    f, variance = x + 0.5 * noise[:, ::-1], np.full_like(x, 1e-4)
-    y = x
+    f, variance, made = x + 0.5 * noise[:, ::-1], np.full_like(x, 1e-4), []
     if operator:
         y = operator(torch.from_numpy(x)[None])[0].numpy() + noise
     else:
-        known[:, ::2, ::3] = 0
-    made = []
+        y, known[:, ::2, ::3] = x, 0
     for device in ("cpu", DEVICE):
         seen = (torch.from_numpy(a).to(device) for a in (known * y, known))
         given = f.copy(), variance, *seen
@@ -163,6 +158,12 @@ def fuse():
         tried(f"fuse: {name}, largest difference", fused_apart, x, operator)
 
 
+def rows_below(folder):
+    """Return the tests that the records below a folder have."""
+    found = sorted(folder.rglob("record.json"))
+    return [utils.read_record(path.parent)["rows"] for path in found]
+
+
 def call(task, flags, place="runs"):
     """Run a script in this process; return its exit status and its records' last rows."""
     folder = OUT / place
@@ -174,15 +175,10 @@ def call(task, flags, place="runs"):
     few = " --iteration 6 --num_prediction 3 --crop 48" if QUICK else ""
     with contextlib.chdir(folder):
         try:
-            status = SCRIPTS[task].main(
-                [*(flags + few).split(), "--device", str(DEVICE)]
-            )
+            status = SCRIPTS[task].main(f"{flags}{few} --device {DEVICE}".split())
         except SystemExit as stop:
             status = stop.code
-        records = map(
-            utils.read_record, (p.parent for p in Path().rglob("record.json"))
-        )
-        return status, [record["rows"][-1][:5] for record in records if record["rows"]]
+        return status, [rows[-1][:5] for rows in rows_below(Path()) if rows]
 
 
 def scripts():
@@ -203,12 +199,9 @@ def scripts():
 def start(place, flags):
     """Start denoise.py in a folder of its own, as a process."""
     (OUT / place).mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        ROOT / "denoise.py",
-        *f"{flags} --device {DEVICE}".split(),
-    ]
-    return subprocess.Popen(command, cwd=OUT / place, stdout=subprocess.DEVNULL)
+    words = [sys.executable, ROOT / "denoise.py", "--device", str(DEVICE)]
+    silent = subprocess.DEVNULL
+    return subprocess.Popen([*words, *flags.split()], cwd=OUT / place, stdout=silent)
 
 
 def resume():
@@ -223,8 +216,7 @@ def resume():
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     found += [killed.wait(), start("resume/killed", f"{flags} --resume").wait()]
-    folders = (path.parent for path in sorted((OUT / "resume").rglob("record.json")))
-    return found + [utils.read_record(folder)["rows"][-1][2] for folder in folders]
+    return found + [rows[-1][2] for rows in rows_below(OUT / "resume")]
 
 
 def out_of_memory():
