@@ -1,7 +1,7 @@
 """Deblur images with Self2Self, each learnt from its own blurred pixels: y = k*x + n.
 
-The PSF k is known (non-blind); the convolution is circular, or has seen what lies
-beyond the picture, as a camera's has.
+The PSF k is known, or estimated from the picture; the convolution is circular, or has
+seen what lies beyond the picture, as a camera's has.
 """
 
 import sys
@@ -13,6 +13,7 @@ import torch
 
 import utils
 from network import Self2Self, noise, recipes
+from network.psf import doubt, estimate_psf, point
 
 LARGEST_PSF = 4096  # side, pixels; as --kernel_size
 
@@ -27,9 +28,9 @@ DEFAULTS = {
     "mask": None,
     "missing": 0.0,  # share, in [0, 1)
     # What blurred it
-    "kernel_size": None,  # pixels; 15
+    "kernel_size": None,  # pixels; 15, of an estimated one 31 at most
     "kernel_sigma": None,  # pixels; 1.0
-    "kernel": None,  # file
+    "kernel": None,  # file, estimate
     "boundary": None,  # wrap, valid
     # How it learns; None: the recipe decides, in network/recipes.py
     "recipe": "fast",  # fast, paper
@@ -161,7 +162,20 @@ def off_centre(psf):
 
 
 def choose_psf(args):
-    """Return the PSF (h, w), and its name for the results folder."""
+    """Return the PSF (h, w), and its name for the results folder.
+
+    One that is to be estimated is a point as yet, in an array of its size.
+    """
+    if args.kernel == "estimate":
+        if not args.observed or args.mask or args.missing:
+            raise utils.InputError(
+                "--kernel estimate goes with --observed, and a whole picture; a file of "
+                "that name is ./estimate"
+            )
+        size = (args.kernel_size or 31) // 2 * 2 + 1
+        if size != (args.kernel_size or size):
+            print(f"--kernel_size {args.kernel_size}: {size}, for a PSF has a middle")
+        return point(size), f"estimate{size}"
     if args.kernel:
         return read_psf(args.kernel), utils.contents_name(args.kernel)
     size, sigma = args.kernel_size or 15, args.kernel_sigma or 1.0
@@ -189,10 +203,25 @@ def choose(args, y, result):
     return recipe, found
 
 
+def estimate(result, x, size):
+    """Return the PSF (size, size) of an observed picture x (C, H, W), and say how sure."""
+    if 2 * size > min(x.shape[1:]) or np.ptp(x) == 0:
+        raise utils.InputError(
+            f"{result.path}: flat, or not twice as large as a PSF of {size}x{size} "
+            "pixels; a smaller --kernel_size may be found"
+        )
+    psf = estimate_psf(x, size)
+    print(f"{result.name}: {doubt(psf)}")
+    return psf
+
+
 def restore(args, run, result, psf, blur):
     """Learn one picture, and write its results."""
     wanted = args.boundary or ("valid" if args.observed else "wrap")
     x, known = result.read(blur.margin) if wanted == "valid" else result.read()
+    if args.kernel == "estimate":
+        psf = estimate(result, x[result.place], len(psf))
+        blur = CircularBlur(psf)
     n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
     blurred = blur(torch.from_numpy(x)[None])[0].numpy()
     y = known * (x if args.observed else blurred + n)

@@ -229,9 +229,9 @@ OPTIONS = {
     "reference": (text, "clean image to score an --observed one against"),
     "mask": (text, "image file, 0 where a pixel is missing"),
     "missing": (RATE, "share of the pixels to hide, from the seed, to score them"),
-    "kernel_size": (SIDE, "side of the Gaussian PSF, pixels (15)"),
+    "kernel_size": (SIDE, "side of the PSF, pixels (Gaussian 15, estimated 31)"),
     "kernel_sigma": (WIDTH, "standard deviation of the Gaussian PSF, pixels (1.0)"),
-    "kernel": (text, "file of any other PSF: .mat, .npy or an image"),
+    "kernel": (text, "file of the PSF (.mat, .npy, image); estimate: it is found"),
     "boundary": (("wrap", "valid"), "wrap: a circular blur; valid: a camera's"),
     "recipe": (None, "fast: 500 steps; paper: as published, 150,000"),
     "drop_rate": (RATE, "p of the Bernoulli mask and of the decoder's dropout"),
@@ -330,7 +330,8 @@ def name_idle(args):
     """Name the options on the command line that say nothing here."""
     idle = {"sigma"} if args.observed else set()
     if getattr(args, "kernel", None):
-        idle |= {"kernel_size", "kernel_sigma"}
+        idle |= {"kernel_sigma"}
+        idle |= {"kernel_size"} if args.kernel != "estimate" else set()
     idle = sorted(f"--{key}" for key in idle & args.given)
     if idle:
         print(f"{', '.join(idle)}: without effect here")
@@ -931,6 +932,18 @@ def uncertainty(deviation):
     return drawn(figure)
 
 
+def psf_shown(psf):
+    """Draw a PSF (h, w), enlarged, with a scale in pixels; return the PNG's bytes."""
+    figure = Figure(figsize=(4, 4), dpi=120)
+    edges = {"left": 0.12, "right": 0.97, "bottom": 0.12, "top": 0.97}
+    axes = figure.subplots(gridspec_kw=edges)
+    (top, left), (h, w) = ((n - 1) // 2 for n in psf.shape), psf.shape
+    sides = (-left - 0.5, w - left - 0.5, h - top - 0.5, -top - 0.5)
+    axes.imshow(psf, cmap="gray", vmin=0, extent=sides, interpolation="nearest")
+    axes.set(xlabel="pixels")
+    return drawn(figure)
+
+
 def curves(records):
     """Draw loss and PSNR over the steps, a line per image; return the PNG's bytes."""
     figure = Figure(figsize=(9, 4), dpi=120)
@@ -949,7 +962,7 @@ def curves(records):
 
 # --- one image -----------------------------------------------------------------------
 
-OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "checkpoint*.pt"]
+OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.*", "checkpoint*.pt"]
 OWN_FILES += ["error.mat", "Self2Self-*.png", "restored.*", "comparison.png"]
 OWN_FILES += ["uncertainty.png"]
 CHECKPOINT_FORMAT = 6
@@ -1089,6 +1102,7 @@ class Result:
         self.picture.save(self.folder / "noisy.png", observation)
         if kernel is not None:
             save_mat(self.folder / "kernel.mat", "kernel", kernel)
+            write_atomically(self.folder / "kernel.png", psf_shown(kernel))
         if not self.args.observed:
             save_mat(self.folder / "noise.mat", "noise", simulated["n"][self.place])
         if not self.args.observed and "blurred" in simulated:

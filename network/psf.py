@@ -1,0 +1,197 @@
+"""The PSF of a blurred picture, estimated from the picture alone.
+
+From coarse to fine two steps alternate: a latent picture of strong edges alone (L0
+gradients: Xu, Lu, Xu, Jia 2011; Pan, Hu, Su, Yang 2014), and the PSF that brings its
+gradients to the blurred picture's (Cho, Lee 2009). A sharp picture's edges are few, so that
+the latent picture can not explain the blur, and the PSF has to.
+"""
+
+import math
+
+import numpy as np
+import scipy.fft
+import scipy.ndimage
+import torch
+from torch.nn import functional as F
+
+from network.scale import find_scale
+
+SIDE = 768  # pixels: of a larger picture the part with the strongest edges is looked at
+ALTERNATIONS = 5  # of a scale
+# Weight of the number of gradients; from one alternation to the next it is divided.
+SPARSE, LESS, LEAST = 0.016, 1.1, 1e-4
+RIDGE = 0.002  # of the PSF's squares, times the gradients'
+STEPS = 150  # of FISTA (Beck, Teboulle 2009)
+SMALLEST = 0.05  # of the PSF's maximum: what is below is cut
+POINT, EDGE = 0.7, 0.02  # share of a PSF next to its centre, at its edge: see doubt
+ISLAND = 0.1  # of the PSF's sum: a connected part with less is cut
+
+
+def estimate_psf(y, size):
+    """Estimate the PSF of a picture that is blurred alike everywhere.
+
+    Args:
+        y: the blurred picture, (C, H, W), in any units, twice as large as the PSF.
+        size: side of the PSF's array, pixels, odd.
+
+    Returns:
+        k, (size, size), float64, not below 0, of sum 1, its mass in the middle.
+    """
+    gray = find_scale(y, np.ones((1, 1, 1))).to(y).mean(0)
+    gray = _part(gray)
+    count = 1 + max(0, math.ceil(2 * math.log2(size / 3)))
+    psf, sparse = np.ones((1, 1)), SPARSE
+    for scale in reversed(range(count)):
+        factor = 2 ** (-scale / 2)
+        blurred = _resized(gray, [round(n * factor) for n in gray.shape])
+        side = max(3, math.ceil(size * factor) // 2 * 2 + 1)
+        side = min(side, size)
+        psf = _normal(_resized(psf, (side, side)) if psf.size > 1 else point(side))
+        periodic, inside = _periodic(blurred, side)
+        for _ in range(ALTERNATIONS):
+            latent = _sharpened(periodic, psf, sparse)
+            psf = _normal(_fit(latent, periodic, inside, side))
+            sparse = max(sparse / LESS, LEAST)
+    return psf
+
+
+def doubt(psf):
+    """Say what to think of an estimated PSF (h, w)."""
+    down, right = np.indices(psf.shape) - np.reshape(psf.shape, (2, 1, 1)) // 2
+    if psf[np.hypot(down, right) < 1.5].sum() > POINT:
+        return "hardly any blur is found"
+    at_edge = psf.sum() - psf[1:-1, 1:-1].sum()
+    if at_edge > EDGE:
+        return "the PSF fills its array; a larger --kernel_size may be better"
+    return "the PSF is estimated; kernel.png shows it"
+
+
+def _part(gray):
+    """Return the part of a picture (H, W), SIDE pixels a side, that has the most edges."""
+    edges = scipy.ndimage.gaussian_gradient_magnitude(gray, 2)
+    sums = scipy.ndimage.uniform_filter(edges, [min(n, SIDE) for n in gray.shape])
+    inner = tuple(
+        slice(min(n, SIDE) // 2, max(1, n - min(n, SIDE)) + min(n, SIDE) // 2)
+        for n in gray.shape
+    )
+    top, left = np.unravel_index(sums[inner].argmax(), sums[inner].shape)
+    return gray[top : top + SIDE, left : left + SIDE]
+
+
+def point(side):
+    """Return the PSF (side, side) of no blur."""
+    psf = np.zeros((side, side))
+    psf[side // 2, side // 2] = 1
+    return psf
+
+
+def _resized(x, size):
+    """Bring an image (H, W) to another size."""
+    x = torch.from_numpy(np.float64(x))[None, None]
+    made = F.interpolate(x, tuple(size), mode="bilinear", antialias=True)
+    return made[0, 0].numpy()
+
+
+def _periodic(blurred, margin):
+    """Continue a picture (H, W) so that it is periodic: a ramp from edge to edge.
+
+    Returns it, and where it is the picture, not nearer to its edge than the margin.
+    """
+    size = [scipy.fft.next_fast_len(n + 2 * margin, True) for n in blurred.shape]
+    padded = blurred
+    for axis, (n, m) in enumerate(zip(blurred.shape, size)):
+        ramp = np.linspace(0, 1, m - n + 2)[1:-1]
+        first, last = padded.take([0], axis), padded.take([-1], axis)
+        ramp = ramp[:, None] if axis == 0 else ramp
+        padded = np.concatenate((padded, last + (first - last) * ramp), axis)
+    inside = np.zeros(size)
+    edge = 1
+    inside[edge : blurred.shape[0] - edge, edge : blurred.shape[1] - edge] = 1
+    return padded, inside
+
+
+def _transfer(psf, size):
+    """Return the transform of a circular convolution with a PSF, centred."""
+    padded = np.zeros(size)
+    h, w = psf.shape
+    padded[:h, :w] = psf
+    return scipy.fft.rfft2(np.roll(padded, (-(h // 2), -(w // 2)), (0, 1)))
+
+
+def _gradients(x):
+    """Return the periodic differences of x (H, W) downwards and to the right."""
+    return np.stack([np.roll(x, -1, axis) - x for axis in (0, 1)])
+
+
+def _sharpened(blurred, psf, sparse):
+    """Return the latent picture: few gradients, and blurred it is the blurred one.
+
+    Half-quadratic splitting: gradients whose squares are below sparse / b are 0, and b is
+    doubled.
+    """
+    size = blurred.shape
+    transfer = _transfer(psf, size)
+    point = _gradients(_corner(size))
+    differences = scipy.fft.rfft2(point)
+    power, smooth = np.abs(transfer) ** 2, (np.abs(differences) ** 2).sum(0)
+    given = transfer.conj() * scipy.fft.rfft2(blurred)
+    latent, b = blurred, 2 * sparse
+    while b < 1e5:
+        kept = _gradients(latent)
+        kept[:, (kept**2).sum(0) < sparse / b] = 0
+        wanted = (differences.conj() * scipy.fft.rfft2(kept)).sum(0)
+        latent = scipy.fft.irfft2((given + b * wanted) / (power + b * smooth), size)
+        b *= 2
+    return latent
+
+
+def _corner(size):
+    point = np.zeros(size)
+    point[0, 0] = 1
+    return point
+
+
+def _fit(latent, blurred, inside, side):
+    """Return the PSF, (side, side), not below 0, by least squares on gradients."""
+    seen, made = inside * _gradients(blurred), _gradients(latent)
+    made = made * inside
+    made_f, seen_f = scipy.fft.rfft2(made), scipy.fft.rfft2(seen)
+    size = blurred.shape
+    shared = scipy.fft.irfft2((np.abs(made_f) ** 2).sum(0), size)
+    wanted = scipy.fft.irfft2((made_f.conj() * seen_f).sum(0), size)
+    reach = side // 2
+    offsets = np.arange(-reach, reach + 1)
+    wanted = wanted[np.ix_(offsets, offsets)]
+    double = np.arange(-2 * reach, 2 * reach + 1)
+    shared = shared[np.ix_(double, double)]
+    ridge = RIDGE * (made**2).sum()
+    fast = [scipy.fft.next_fast_len(3 * side, True)] * 2
+    spectrum = scipy.fft.rfft2(shared, fast)
+
+    def product(k):
+        full = scipy.fft.irfft2(spectrum * scipy.fft.rfft2(k, fast), fast)
+        return full[2 * reach :][:side, 2 * reach :][:, :side] + ridge * k
+
+    step = 1 / (np.abs(spectrum).max() + ridge)
+    k = ahead = np.full((side, side), 1 / side**2)
+    t = 1.0
+    for _ in range(STEPS):
+        following = np.maximum(ahead - step * (product(ahead) - wanted), 0)
+        t, before = (1 + math.sqrt(1 + 4 * t**2)) / 2, t
+        ahead = following + (before - 1) / t * (following - k)
+        k = following
+    return k
+
+
+def _normal(psf):
+    """Cut a PSF's smallest part and its islands; centre it, and make its sum 1."""
+    psf = np.where(psf < SMALLEST * psf.max(), 0, psf)
+    labels, count = scipy.ndimage.label(psf, np.ones((3, 3)))
+    sums = scipy.ndimage.sum_labels(psf, labels, np.arange(1, count + 1))
+    psf = psf * np.isin(labels, 1 + np.flatnonzero(sums >= ISLAND * psf.sum()))
+    if not psf.sum() > 0:
+        return point(len(psf))
+    centre = scipy.ndimage.center_of_mass(psf)
+    shift = [round((n - 1) / 2 - c) for n, c in zip(psf.shape, centre)]
+    psf = scipy.ndimage.shift(psf, shift, order=0)
+    return psf / psf.sum()

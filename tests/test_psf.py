@@ -1,0 +1,130 @@
+"""The PSF of a blurred picture, estimated."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import scipy.io
+import skimage.data
+from scipy.optimize import nnls
+from scipy.signal import convolve2d
+from scripts import run
+from test_boundary import results
+from test_options import chosen
+
+from network import psf as estimation
+from network.psf import doubt, estimate_psf, point
+
+MOTION = np.zeros((11, 11))
+MOTION[[2, 3, 4, 5, 6, 7, 7, 7], [1, 2, 3, 4, 5, 6, 7, 8]] = [1, 1, 2, 2, 1, 1, 2, 2]
+MOTION /= MOTION.sum()
+
+
+def blurred(psf, sigma=1.0):
+    """A photograph, blurred and cut to what the blur has seen, (1, H, W)."""
+    clean = skimage.data.camera()[60:316, 130:386] / 255
+    y = convolve2d(clean, psf, mode="valid")
+    return (y + np.random.default_rng(0).normal(0, sigma / 255, y.shape))[None]
+
+
+def likeness(a, b):
+    """Correlation of two PSFs at the best shift."""
+    fits = convolve2d(a, b[::-1, ::-1]).max()
+    return fits / np.sqrt((a**2).sum() * (b**2).sum())
+
+
+@pytest.mark.parametrize("psf", [MOTION, MOTION[:, ::-1]], ids=["", "mirrored"])
+def test_a_known_psf_comes_back(psf):
+    found = estimate_psf(blurred(psf), 15)
+    assert found.shape == (15, 15) and (found >= 0).all()
+    assert found.sum() == pytest.approx(1)
+    assert likeness(found, psf) > 0.9
+    assert likeness(found, psf) > likeness(found, psf[:, ::-1]) + 0.05
+    centre = (np.indices((15, 15)) * found).sum((1, 2))
+    assert np.abs(centre - 7).max() < 1
+
+
+def test_units_do_not_matter_and_the_same_comes_back():
+    y = blurred(MOTION)
+    found = estimate_psf(y, 11)
+    np.testing.assert_array_equal(found, estimate_psf(y, 11))
+    np.testing.assert_allclose(estimate_psf(600 * y + 3000, 11), found, atol=1e-3)
+
+
+def test_a_sharp_picture_has_a_point():
+    found = estimate_psf(blurred(np.ones((1, 1)), 2.55), 15)
+    assert found[6:9, 6:9].sum() > 0.7
+    assert doubt(found) == "hardly any blur is found"
+    assert "larger --kernel_size" in doubt(np.full((5, 5), 1 / 25))
+    assert "kernel.png shows it" in doubt(np.pad(np.full((5, 5), 1 / 25), 2))
+
+
+def test_the_fit_is_that_of_a_dense_solver(monkeypatch):
+    """Least squares, not below 0, of the gradients of a small periodic picture."""
+    monkeypatch.setattr(estimation, "STEPS", 4000)
+    rng = np.random.default_rng(0)
+    latent, truth = rng.random((16, 16)), np.zeros((3, 3))
+    truth[1], truth[0, 2] = [0.2, 0.5, 0.2], 0.1
+    seen = np.fft.ifft2(
+        np.fft.fft2(np.roll(np.pad(truth, (0, 13)), (-1, -1), (0, 1)))
+        * np.fft.fft2(latent)
+    ).real + rng.normal(0, 0.05, (16, 16))
+    made = estimation._fit(latent, seen, np.ones((16, 16)), 3)
+    gradients = estimation._gradients(latent)
+    columns = [
+        np.roll(gradients, (i, j), (1, 2)).ravel()
+        for i in (-1, 0, 1)
+        for j in (-1, 0, 1)
+    ]
+    ridge = np.sqrt(estimation.RIDGE * (gradients**2).sum()) * np.eye(9)
+    dense = np.vstack((np.stack(columns, 1), ridge))
+    wanted = np.concatenate((estimation._gradients(seen).ravel(), np.zeros(9)))
+    np.testing.assert_allclose(made.ravel(), nnls(dense, wanted)[0], atol=1e-4)
+
+
+def test_small_parts_are_cut_and_the_rest_is_centred():
+    psf = np.zeros((9, 9))
+    psf[1:4, 2] = 1
+    psf[7, 7] = 0.2  # an island
+    psf[2, 3] = 0.01
+    made = estimation._normal(psf)
+    expected = np.zeros((9, 9))
+    expected[3:6, 4] = 1 / 3
+    np.testing.assert_allclose(made, expected)
+    np.testing.assert_array_equal(estimation._normal(np.zeros((5, 5))), point(5))
+
+
+def test_the_script_estimates_writes_and_resumes(capsys):
+    Path("in").mkdir()
+    pixels = np.rint(255 * blurred(MOTION)[0, 60:180, 60:180].clip(0, 1))
+    cv2.imwrite("in/a.png", pixels)
+    flags = "--path in/a.png --observed --kernel estimate --kernel_size 12"
+    assert run("deblur", flags) == 0
+    out = capsys.readouterr().out
+    assert "--kernel_size 12: 13" in out and "kernel.png shows it" in out
+    assert "estimate13" in results().name
+    psf = scipy.io.loadmat(results() / "kernel.mat")["kernel"]
+    assert psf.shape == (13, 13) and psf.sum() == pytest.approx(1)
+    assert cv2.imread(str(results() / "kernel.png")) is not None
+    restored = (results() / "restored.png").read_bytes()
+    assert run("deblur", f"{flags} --resume") == 0
+    assert (results() / "restored.png").read_bytes() == restored
+    assert chosen("--observed --kernel estimate", "deblur")
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("--kernel estimate", "--kernel estimate goes with --observed"),
+        ("--kernel estimate --observed --missing 0.5", "a whole picture"),
+        ("--kernel estimate --observed --kernel_size 65", "a smaller --kernel_size"),
+        ("--kernel estimate --observed --path flat.png", "flat, or not twice"),
+    ],
+)
+def test_what_cannot_be_estimated_is_said(flags, text, capsys):
+    cv2.imwrite("a.png", np.rint(255 * blurred(MOTION)[0, :120, :120].clip(0, 1)))
+    cv2.imwrite("flat.png", np.full((80, 80), 7, np.uint8))
+    flags = flags if "--path" in flags else f"{flags} --path a.png"
+    assert run("deblur", flags) == 2
+    assert text in capsys.readouterr().err
