@@ -24,6 +24,7 @@ RISE = 1.05  # of the variance from a share to the next; more is texture
 KEPT, KEPT_ENERGY = 0.95, 0.7588  # the least squares, and their mean: of a Gaussian's 1
 ABOVE, BELOW = 0.1, 0.3  # share of a line that a bin may lie off it, to count half
 FLOOR = 0.02  # of the mean variance: a line may go through 0 where it is dark
+DARKEST = 0.005  # variance where a picture is darkest, over that where it is bright
 # Energy of the middle frequencies over the highest ones'. White noise has 1, noise blurred
 # by 0.6 pixels 4; texture adds some where there is hardly any noise.
 WHITE, CORRELATED = 1.4, 2.8
@@ -120,7 +121,9 @@ def find_noise(y, known):
     shared = np.triu(
         np.atleast_2d(np.corrcoef(scaled[..., HIGH].reshape(len(y), -1))), 1
     )
-    ends = tuple(np.quantile(levels, (0.1, 0.9)).tolist())
+    lowest, *ends = np.quantile(levels, (0.001, 0.1, 0.9)).tolist()
+    lines = tuple(lowered(line, lowest, ends[1]) for line in lines)
+    ends = tuple(ends)
     growing = Noise("growing", lines, ends)
     dark, bright = map(growing.sigma, ends)
     most = max(255 * math.sqrt(_energy(flat[..., MIDDLE] ** 2)), bright / 2)
@@ -175,6 +178,14 @@ def _fit_lines(levels, energy):
         ]
         lines = _fit_line(*np.array(points).transpose(2, 0, 1))
     return lines, flatness
+
+
+def lowered(line, lowest, bright):
+    """Lower a line's gain, so that there is noise even where a picture is darkest."""
+    gain, offset = line
+    most = gain * bright + offset
+    steepest = (1 - DARKEST) * most / max(bright - lowest, 1e-30)
+    return line if gain <= steepest else (steepest, most - steepest * bright)
 
 
 def _variances(lines, levels):

@@ -19,8 +19,8 @@ from network.scale import find_scale
 SIDE = 768  # pixels: of a larger picture the part with the strongest edges is looked at
 ALTERNATIONS = 5  # of a scale
 # Weight of the number of gradients; from one alternation to the next it is divided.
-SPARSE, LESS, LEAST = 0.016, 1.1, 1e-4
-RIDGE = 0.002  # of the PSF's squares, times the gradients'
+SPARSE, LESS, LEAST = 0.032, 1.1, 1e-4
+RIDGE = 0.002  # weight of the PSF's squares, times the gradients' sum of squares
 STEPS = 150  # of FISTA (Beck, Teboulle 2009)
 SMALLEST = 0.05  # of the PSF's maximum: what is below is cut
 POINT, EDGE = 0.7, 0.02  # share of a PSF next to its centre, at its edge: see doubt
@@ -37,16 +37,14 @@ def estimate_psf(y, size):
     Returns:
         k, (size, size), float64, not below 0, of sum 1, its mass in the middle.
     """
-    gray = find_scale(y, np.ones((1, 1, 1))).to(y).mean(0)
-    gray = _part(gray)
+    gray = _part(find_scale(y, np.ones((1, 1, 1))).to(y).mean(0))
     count = 1 + max(0, math.ceil(2 * math.log2(size / 3)))
-    psf, sparse = np.ones((1, 1)), SPARSE
+    psf, sparse = None, SPARSE
     for scale in reversed(range(count)):
         factor = 2 ** (-scale / 2)
         blurred = _resized(gray, [round(n * factor) for n in gray.shape])
-        side = max(3, math.ceil(size * factor) // 2 * 2 + 1)
-        side = min(side, size)
-        psf = _normal(_resized(psf, (side, side)) if psf.size > 1 else point(side))
+        side = min(max(3, math.ceil(size * factor) // 2 * 2 + 1), size)
+        psf = point(side) if psf is None else _normal(_resized(psf, (side, side)))
         periodic, inside = _periodic(blurred, side)
         for _ in range(ALTERNATIONS):
             latent = _sharpened(periodic, psf, sparse)
@@ -95,7 +93,7 @@ def _resized(x, size):
 def _periodic(blurred, margin):
     """Continue a picture (H, W) so that it is periodic: a ramp from edge to edge.
 
-    Returns it, and where it is the picture, not nearer to its edge than the margin.
+    Returns it, and 1 where its gradients are the picture's, else 0.
     """
     size = [scipy.fft.next_fast_len(n + 2 * margin, True) for n in blurred.shape]
     padded = blurred
@@ -105,17 +103,20 @@ def _periodic(blurred, margin):
         ramp = ramp[:, None] if axis == 0 else ramp
         padded = np.concatenate((padded, last + (first - last) * ramp), axis)
     inside = np.zeros(size)
-    edge = 1
-    inside[edge : blurred.shape[0] - edge, edge : blurred.shape[1] - edge] = 1
+    inside[1 : blurred.shape[0] - 1, 1 : blurred.shape[1] - 1] = 1
     return padded, inside
 
 
-def _transfer(psf, size):
-    """Return the transform of a circular convolution with a PSF, centred."""
-    padded = np.zeros(size)
+def _place(psf, size):
+    """Put a PSF into a larger array, periodic, its middle at the first entry."""
     h, w = psf.shape
-    padded[:h, :w] = psf
-    return scipy.fft.rfft2(np.roll(padded, (-(h // 2), -(w // 2)), (0, 1)))
+    padded = np.pad(psf, ((0, size[0] - h), (0, size[1] - w)))
+    return np.roll(padded, (-(h // 2), -(w // 2)), (0, 1))
+
+
+def _transfer(psf, size):
+    """Return the transform of a circular convolution with a PSF."""
+    return scipy.fft.rfft2(_place(psf, size))
 
 
 def _gradients(x):
@@ -124,15 +125,13 @@ def _gradients(x):
 
 
 def _sharpened(blurred, psf, sparse):
-    """Return the latent picture: few gradients, and blurred it is the blurred one.
+    """Return the latent picture: of few gradients, and blurred it is the blurred one.
 
-    Half-quadratic splitting: gradients whose squares are below sparse / b are 0, and b is
-    doubled.
+    By half-quadratic splitting: gradients whose squares are below sparse / b are 0, the
+    picture has nearly those, and b is doubled.
     """
-    size = blurred.shape
-    transfer = _transfer(psf, size)
-    point = _gradients(_corner(size))
-    differences = scipy.fft.rfft2(point)
+    size, transfer = blurred.shape, _transfer(psf, blurred.shape)
+    differences = scipy.fft.rfft2(_gradients(_place(np.ones((1, 1)), size)))
     power, smooth = np.abs(transfer) ** 2, (np.abs(differences) ** 2).sum(0)
     given = transfer.conj() * scipy.fft.rfft2(blurred)
     latent, b = blurred, 2 * sparse
@@ -145,42 +144,32 @@ def _sharpened(blurred, psf, sparse):
     return latent
 
 
-def _corner(size):
-    point = np.zeros(size)
-    point[0, 0] = 1
-    return point
-
-
 def _fit(latent, blurred, inside, side):
-    """Return the PSF, (side, side), not below 0, by least squares on gradients."""
-    seen, made = inside * _gradients(blurred), _gradients(latent)
-    made = made * inside
-    made_f, seen_f = scipy.fft.rfft2(made), scipy.fft.rfft2(seen)
-    size = blurred.shape
-    shared = scipy.fft.irfft2((np.abs(made_f) ** 2).sum(0), size)
-    wanted = scipy.fft.irfft2((made_f.conj() * seen_f).sum(0), size)
-    reach = side // 2
-    offsets = np.arange(-reach, reach + 1)
-    wanted = wanted[np.ix_(offsets, offsets)]
-    double = np.arange(-2 * reach, 2 * reach + 1)
-    shared = shared[np.ix_(double, double)]
+    """Return the PSF (side, side), not below 0, that brings gradients to the blurred ones.
+
+    Least squares with a ridge, by FISTA; what it multiplies by is the gradients'
+    autocorrelation.
+    """
+    made, seen = inside * _gradients(latent), inside * _gradients(blurred)
+    spectrum = scipy.fft.rfft2(made)
+    place = np.arange(side) - side // 2
+    lags = np.arange(-2 * (side // 2), 2 * (side // 2) + 1)
+    shared = scipy.fft.irfft2((np.abs(spectrum) ** 2).sum(0), blurred.shape)
+    wanted = (spectrum.conj() * scipy.fft.rfft2(seen)).sum(0)
+    wanted = scipy.fft.irfft2(wanted, blurred.shape)[np.ix_(place, place)]
+    size = [scipy.fft.next_fast_len(3 * side, True)] * 2
+    shared = scipy.fft.rfft2(_place(shared[np.ix_(lags, lags)], size))
     ridge = RIDGE * (made**2).sum()
-    fast = [scipy.fft.next_fast_len(3 * side, True)] * 2
-    spectrum = scipy.fft.rfft2(shared, fast)
-
-    def product(k):
-        full = scipy.fft.irfft2(spectrum * scipy.fft.rfft2(k, fast), fast)
-        return full[2 * reach :][:side, 2 * reach :][:, :side] + ridge * k
-
-    step = 1 / (np.abs(spectrum).max() + ridge)
-    k = ahead = np.full((side, side), 1 / side**2)
+    step = 1 / (np.abs(shared).max() + ridge)
+    psf = ahead = np.full((side, side), 1 / side**2)
     t = 1.0
     for _ in range(STEPS):
-        following = np.maximum(ahead - step * (product(ahead) - wanted), 0)
-        t, before = (1 + math.sqrt(1 + 4 * t**2)) / 2, t
-        ahead = following + (before - 1) / t * (following - k)
-        k = following
-    return k
+        product = scipy.fft.irfft2(shared * scipy.fft.rfft2(ahead, size), size)
+        slope = product[:side, :side] + ridge * ahead - wanted
+        before, psf = psf, np.maximum(ahead - step * slope, 0)
+        t, last = (1 + math.sqrt(1 + 4 * t**2)) / 2, t
+        ahead = psf + (last - 1) / t * (psf - before)
+    return psf
 
 
 def _normal(psf):

@@ -9,7 +9,7 @@ from tensors import identity, train
 from test_options import chosen
 
 from network import Self2Self, recipes
-from network.noise import Noise, find_noise, white
+from network.noise import DARKEST, Noise, find_noise, lowered, white
 from network.scale import Scale, destabilise, find_scale, stabilise
 
 ALL = np.ones((1, 1, 1))
@@ -54,6 +54,15 @@ def test_noise_that_grows_is_found_with_its_gain(gain, own, times, plus):
         assert found.sigma(times * level + plus) == pytest.approx(expected, rel=0.1)
     ((slope, _),) = found.lines
     assert slope == pytest.approx(times * gain, rel=0.2)
+
+
+def test_a_line_leaves_some_noise_where_a_picture_is_darkest():
+    """Else all that is darker would come out alike."""
+    line, steep = (0.01, -0.002), (0.01, -0.005)  # which is 0 at a level of 0.5
+    assert lowered(line, 0.3, 0.8) == line
+    gain, offset = lowered(steep, 0.3, 0.8)
+    assert gain * 0.8 + offset == pytest.approx(0.003)
+    assert gain * 0.3 + offset == pytest.approx(0.003 * DARKEST)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
