@@ -34,7 +34,7 @@ def test_shell_script_from_another_folder(task, folder):
     made |= {"restored.png", "comparison.png", "record.json", "uncertainty.png"}
     made |= {"checkpoint.pt", "error.mat"}
     if task == "deblur":
-        made |= {"blurred.png", "kernel.mat"}
+        made |= {"blurred.png", "kernel.mat", "kernel.png"}
     (results,) = results.iterdir()
     assert results.name == f"{settings}_fast_iteration4_num_prediction2"
     assert set(files(results)) == made
