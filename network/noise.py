@@ -73,9 +73,12 @@ class Noise(NamedTuple):
     def describe(self, peak=255):
         """Say it so that a person understands; 1 in the picture's units is `peak`."""
 
+        def shown(x):
+            return f"{float(f'{x * peak:.3g}'):g}"  # 1280, not 1.28e+03
+
         def sigma(level=None):
-            at = "" if level is None else f" at {level * peak:.3g}"
-            return f"sigma {self.sigma(level) / 255 * peak:.3g}{at}"
+            at = "" if level is None else f" at {shown(level)}"
+            return f"sigma {shown(self.sigma(level) / 255)}{at}"
 
         if self.kind == "growing":
             return f"white, grows with the signal: {', '.join(map(sigma, self.ends))}"
