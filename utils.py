@@ -1124,6 +1124,8 @@ class Result:
         self.heading += f", noise: {self.noise}"
         if noise.lines and not self.eight_bits:
             self.heading += " (in the file's numbers)"
+        if self.noiseless and self.known.all():
+            self.heading += ": it comes back as it is"
         tqdm.write(self.heading)
         if shown != (0, 1):
             low, high = (peak * end for end in shown)

@@ -87,7 +87,7 @@ class Noise(NamedTuple):
             "white": f"white{bound.removesuffix(' at most')}",
             "correlated": "shared by neighbours, as a camera's",
             "compressed": "a JPEG's, changed by its compression",
-            "none": "none to speak of, so that nothing is changed",
+            "none": f"none to speak of{bound}",
             "unknown": f"of what kind cannot be told{bound}",
         }[self.kind]
 
@@ -132,18 +132,17 @@ def find_noise(y, known):
     most = max(255 * math.sqrt(_energy(flat[..., MIDDLE] ** 2)), bright / 2)
     if _is_on_grid(y):
         return Noise("compressed")
-    if most < LEAST_SIGMA * np.ptp(levels):
-        return white(0)
-    if middle > CORRELATED * highest:
+    little = most < LEAST_SIGMA * np.ptp(levels)
+    if middle > CORRELATED * highest and not little:
         return CAMERA
     unknown = middle > WHITE * highest or np.abs(shared).max() > SHARED
-    if bright > GROWS * dark and not unknown:
+    if bright > GROWS * dark and not unknown and not little:
         return growing
     # Of texture the highest frequencies have the least.
     share = min(highest, 1) if unknown else 1
     means = (share * max(gain * sum(ends) / 2 + offset, 0) for gain, offset in lines)
     even = tuple((0.0, mean) for mean in means)
-    return Noise("unknown" if unknown else "white", even, ends)
+    return Noise("none" if little else "unknown" if unknown else "white", even, ends)
 
 
 def _blocks(x, step):

@@ -151,11 +151,12 @@ def adapt(
     given = {k: v for k, v in (given or {}).items() if v is not None}
     known = np.ones((1, 1, 1)) if known is None else known
     noise = noise or find_noise(y, known)
-    evened = recipe.own_scale and not blurred and not noise.is_even()
+    nothing = noise.kind == "none" and not blurred
+    evened = recipe.own_scale and not (blurred or nothing or noise.is_even())
     as_published = eight_bits and not recipe.own_scale
     lines = noise.lines if evened else ()
     scale = UNIT if as_published else find_scale(y, known, blurred, lines)
-    sigma = noise.sigma() if noise.lines else None
+    sigma = 0.0 if nothing else noise.sigma()
     sigma = None if sigma is None else scale.level(sigma)
     filled = holes and not blurred and sigma == 0
     fuse = noise.is_white() and (evened or noise.is_even())
@@ -163,7 +164,7 @@ def adapt(
     level = sigma if noise.is_white() and not blurred else UNKNOWN_SIGMA
     values = dataclasses.asdict(recipe) | {"scale": scale, "noise": sigma, "fuse": fuse}
     values["absolute"] = eight_bits and recipe.own_scale and not lines
-    if noise.kind == "none" and not holes and not blurred:
+    if nothing and not holes:
         values["iteration"] = 1  # there is nothing to learn
     for field, value in values.items():
         if isinstance(value, dict):

@@ -105,7 +105,7 @@ def test_fast_fuses_where_it_pays():
 
     assert fuses("denoise", "") and fuses("deblur", "")
     assert fuses("deblur", "--fuse on") and fuses("denoise", "--observed --fuse on")
-    for flags in ("--sigma 0", "--drop_rate 0", "--num_prediction 1", "--observed"):
+    for flags in ("--sigma 0", "--drop_rate 0", "--num_prediction 1"):
         assert not fuses("denoise", flags)
         assert not fuses("deblur", flags)
     assert not fuses("deblur", "--missing 0.5") and not fuses(
