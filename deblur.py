@@ -16,6 +16,9 @@ from network import Self2Self, noise, recipes
 from network.psf import doubt, estimate_psf, point
 
 LARGEST_PSF = 4096  # side, pixels; as --kernel_size
+# What an estimated PSF is wrong by is like noise of at least this sigma, where 255 is the
+# picture's range: with less the result rings.
+PSF_ERROR = 2.0
 
 DEFAULTS = {
     # What to restore
@@ -190,11 +193,14 @@ def choose(args, y, result):
         found = noise.white(sigma)
     else:
         found = noise.CAMERA if args.real_noise else noise.find_noise(seen, known)
+    least, taken = PSF_ERROR * np.ptp(seen), found
+    if args.kernel == "estimate" and sigma is None and (found.sigma() or least) < least:
+        taken = noise.white(least)
     recipe = recipes.adapt(
         args.recipe,
         y,
         result.known,
-        found,
+        taken,
         given=vars(args),
         holes=not known.all(),
         eight_bits=result.eight_bits,

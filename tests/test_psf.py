@@ -11,6 +11,7 @@ from scipy.optimize import nnls
 from scipy.signal import convolve2d
 from scripts import run
 from test_boundary import results
+from test_noise import photograph
 from test_options import chosen
 
 from network import psf as estimation
@@ -111,7 +112,9 @@ def test_the_script_estimates_writes_and_resumes(capsys):
     restored = (results() / "restored.png").read_bytes()
     assert run("deblur", f"{flags} --resume") == 0
     assert (results() / "restored.png").read_bytes() == restored
-    assert chosen("--observed --kernel estimate", "deblur")
+    clean = photograph()  # nor is a found PSF taken for exact
+    recipe, noise = chosen("--observed --kernel estimate", "deblur", clean)
+    assert recipe.fuse and recipe.noise > 1.5 > noise.sigma()
 
 
 @pytest.mark.parametrize(
