@@ -47,10 +47,7 @@ def choose(args, y, result):
     """Return this picture's recipe, and its noise: told, a camera's, or found."""
     sigma = args.noise_sigma if args.observed else args.sigma
     seen, known = y[result.place], result.known[result.place]
-    if sigma is not None:
-        found = noise.white(sigma)
-    else:
-        found = noise.CAMERA if args.real_noise else noise.find_noise(seen, known)
+    found = noise.noise_of(seen, known, sigma, args.real_noise)
     recipe = recipes.adapt(
         args.recipe,
         y,

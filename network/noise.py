@@ -100,6 +100,13 @@ def white(sigma):
     return Noise("white" if sigma else "none", ((0.0, (sigma / 255) ** 2),))
 
 
+def noise_of(y, known, sigma=None, camera=False):
+    """Return a picture's noise: white of a sigma that is known, a camera's, or found."""
+    if sigma is not None:
+        return white(sigma)
+    return CAMERA if camera else find_noise(y, known)
+
+
 def find_noise(y, known):
     """Find out what noise a picture has.
 
