@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from network.convolution import convolve
+
 
 class PConv2d(nn.Conv2d):
     """A convolution of the entries that a mask keeps; it says which windows held any.
@@ -68,11 +70,11 @@ class PConv2d(nn.Conv2d):
             # Nothing is missing, so that all windows have one ratio.
             weight = (self.weight * (self.numerator / full)).to(x.dtype)
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            output = F.conv2d(*two_channels(x, weight), bias, *settings)
+            output = convolve(*two_channels(x, weight), bias, *settings)
             return output, updated.expand_as(output)
         ratio = self.numerator / (kept + 1e-8) * updated
         mask, ratio, weight = (t.to(x.dtype) for t in (mask, ratio, self.weight))
-        output = F.conv2d(*two_channels(x * mask, weight), None, *settings)
+        output = convolve(*two_channels(x * mask, weight), None, *settings)
         if self.bias is None:
             output = output * ratio
         else:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from network.convolution import convolve
 from network.pconv import PConv2d, two_channels
 
 try:
@@ -89,7 +90,7 @@ class Punet(nn.Module):
                 x = F.leaky_relu_(x, 0.1)
                 keep, weight = self._dropout(conv, 0, x, draw)
                 padded = EdgePad.apply(keep, x, None)
-                x = F.conv2d(padded, weight.to(x.dtype), conv.bias.to(x.dtype))
+                x = convolve(padded, weight.to(x.dtype), conv.bias.to(x.dtype))
         return bent_sigmoid(x.to(self.decoder[-1][-1].bias.dtype), self.bend)
 
     def _join(self, conv, x, skip, draw):
@@ -109,11 +110,11 @@ class Punet(nn.Module):
             of_x = phase_weights(of_x)
         of_x, of_skip, bias = (t.to(x.dtype) for t in (of_x, of_skip, conv.bias))
         skip = EdgePad.apply(keep_skip, skip, None)
-        joined = F.conv2d(*two_channels(skip, of_skip), bias)
+        joined = convolve(*two_channels(skip, of_skip), bias)
         if keep_x is None:
-            convolved = F.conv2d(EdgePad.apply(None, x, None), of_x)
+            convolved = convolve(EdgePad.apply(None, x, None), of_x)
             return AddUpsampled.apply(joined, convolved)
-        return joined.add_(F.conv2d(EdgePad.apply(keep_x, x, size), of_x))
+        return joined.add_(convolve(EdgePad.apply(keep_x, x, size), of_x))
 
     def _dropout(self, conv, first, x, draw):
         """Draw which entries of a convolution's input are kept, of `first` channels all.
