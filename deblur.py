@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import scipy.io
-import torch
 
+import network
 import utils
-from network import Self2Self, noise, recipes
+from network import noise, recipes
 from network.psf import doubt, estimate_psf, point
 
 LARGEST_PSF = 4096  # side, pixels; as --kernel_size
@@ -128,13 +128,15 @@ class CircularBlur:
     """
 
     def __init__(self, psf):
-        self.psf = torch.from_numpy(psf)
+        self.psf = psf
         self.copies = {}  # of a device and a type: what a captured step reads stays there
         self.reach = max(psf.shape) // 2
         self.margin = [((s - 1) // 2, s // 2) for s in psf.shape]
 
     def __call__(self, x):
         """Blur images (N, C, H, W); H and W not less than the PSF's."""
+        from torch import fft
+
         size, (height, width) = x.shape[-2:], self.psf.shape
         if height > size[0] or width > size[1]:
             raise utils.InputError(
@@ -142,11 +144,11 @@ class CircularBlur:
                 f"{size[1]}x{size[0]}"
             )
         if (x.device, x.dtype) not in self.copies:
-            self.copies[x.device, x.dtype] = self.psf.to(x.dtype).to(x.device)
+            self.copies[x.device, x.dtype] = x.new_tensor(self.psf)
         padded = x.new_zeros(size)
         padded[:height, :width] = self.copies[x.device, x.dtype]
-        transfer = torch.fft.rfft2(padded.roll((-(height // 2), -(width // 2)), (0, 1)))
-        return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=size)
+        transfer = fft.rfft2(padded.roll((-(height // 2), -(width // 2)), (0, 1)))
+        return fft.irfft2(fft.rfft2(x) * transfer, s=size)
 
 
 def off_centre(psf):
@@ -220,6 +222,8 @@ def estimate(result, x, size):
 
 def restore(args, run, result, psf, blur):
     """Learn one picture, and write its results."""
+    import torch  # late: see network/__init__.py
+
     wanted = args.boundary or ("valid" if args.observed else "wrap")
     x, known = result.read(blur.margin) if wanted == "valid" else result.read()
     if args.kernel == "estimate":
@@ -230,7 +234,7 @@ def restore(args, run, result, psf, blur):
     y = known * (x if args.observed else blurred + n)
     recipe, found = choose(args, y, result)
     weights = run.initial_weights(len(x))
-    learner = Self2Self(y, blur, known, recipe, args.seed, args.device, weights)
+    learner = network.Self2Self(y, blur, known, recipe, args.seed, args.device, weights)
     result.begin(learner, y, found, psf, n=n, blurred=blurred)
     result.resume(learner)  # with --resume
     while learner.step < recipe.iteration:

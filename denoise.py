@@ -2,8 +2,9 @@
 
 import sys
 
+import network
 import utils
-from network import Self2Self, noise, recipes
+from network import noise, recipes
 
 DEFAULTS = {
     # What to restore
@@ -67,7 +68,9 @@ def restore(args, run, result):
     y = known * (x if args.observed else x + n)
     recipe, found = choose(args, y, result)
     weights = run.initial_weights(len(x))
-    learner = Self2Self(y, identity, known, recipe, args.seed, args.device, weights)
+    learner = network.Self2Self(
+        y, identity, known, recipe, args.seed, args.device, weights
+    )
     result.begin(learner, y, found, n=n)
     result.resume(learner)  # with --resume
     while learner.step < recipe.iteration:

@@ -32,8 +32,6 @@ import numpy as np
 import scipy.io
 import skimage.data
 import tifffile
-import torch
-from matplotlib.figure import Figure
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
@@ -186,6 +184,8 @@ def choose_device(value):
 
     Of several processes on a machine (LOCAL_RANK, else RANK) each takes a GPU of its own.
     """
+    import torch  # late: --help has no need of it, and it takes seconds
+
     auto = value == "auto"
     if auto:
         value = "cuda" if torch.cuda.is_available() else "cpu"
@@ -292,8 +292,8 @@ def parse_arguments(description, defaults, recipes, argv=None):
         shown = "" if default is None else f" (default: {default})"
         how |= {"help": help_text + shown, "default": argparse.SUPPRESS}
         parser.add_argument(f"--{key}", **how)
-    script = vars(parser.parse_args(words))
     line = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    script = vars(parser.parse_args(words))
     args = argparse.Namespace(**dict.fromkeys(defaults) | script | line)
     args.given = {key for key, value in line.items() if value != script.get(key)}
     args.fuse = {"on": True, "off": False}.get(args.fuse)
@@ -886,6 +886,13 @@ def row_text(row):
     return line
 
 
+def new_figure(size, dpi):
+    """Return a Matplotlib figure of so many inches."""
+    from matplotlib.figure import Figure  # late, as PyTorch is
+
+    return Figure(figsize=size, dpi=dpi)
+
+
 def drawn(figure):
     """Return a figure as a PNG file's bytes."""
     buffer = io.BytesIO()
@@ -903,7 +910,7 @@ def comparison(panels, ends):
     _, height, width = panels[0][1].shape
     every = math.ceil(max(height, width) / PANEL)
     size = len(panels) * 4, 4 * height / width + 0.4
-    figure = Figure(figsize=size, dpi=max(320, width // every) / 4)
+    figure = new_figure(size, max(320, width // every) / 4)
     edges = {"left": 0, "right": 1, "bottom": 0, "top": 1 - 0.4 / size[1]}
     row = figure.subplots(
         1, len(panels), gridspec_kw=edges | {"wspace": 0.02}, subplot_kw=BARE
@@ -920,7 +927,7 @@ def uncertainty(deviation):
     """Draw the predictions' standard deviation (H, W), in a file's numbers, as a PNG."""
     height, width = deviation.shape
     every = math.ceil(max(height, width) / PANEL)
-    figure = Figure(figsize=(6, max(5 * height / width, 4)), dpi=160)
+    figure = new_figure((6, max(5 * height / width, 4)), 160)
     edges = {"left": 0.02, "right": 0.88, "bottom": 0.03, "top": 0.97}
     axes, scale = figure.subplots(
         1, 2, width_ratios=(30, 1), gridspec_kw=edges | {"wspace": 0.05}
@@ -934,7 +941,7 @@ def uncertainty(deviation):
 
 def psf_shown(psf):
     """Draw a PSF (h, w), enlarged, with a scale in pixels; return the PNG's bytes."""
-    figure = Figure(figsize=(4, 4), dpi=120)
+    figure = new_figure((4, 4), 120)
     edges = {"left": 0.12, "right": 0.97, "bottom": 0.12, "top": 0.97}
     axes = figure.subplots(gridspec_kw=edges)
     (top, left), (h, w) = ((n - 1) // 2 for n in psf.shape), psf.shape
@@ -946,7 +953,7 @@ def psf_shown(psf):
 
 def curves(records):
     """Draw loss and PSNR over the steps, a line per image; return the PNG's bytes."""
-    figure = Figure(figsize=(9, 4), dpi=120)
+    figure = new_figure((9, 4), 120)
     axes = figure.subplots(1, 2, gridspec_kw={"left": 0.09, "right": 0.98})
     for column, title in enumerate(("loss", "PSNR (dB)"), 1):
         for record in records:
@@ -1258,6 +1265,8 @@ class Result:
 
     def _save_checkpoint(self, learner):
         """Save all that the coming steps and the results depend on."""
+        import torch
+
         started = time.perf_counter()
         state = {"format": CHECKPOINT_FORMAT, "made_from": self.made_from}
         state |= {"rows": self.rows, "seconds": started - self.started}
@@ -1320,6 +1329,8 @@ def read_checkpoint(path):
     Raises:
         InputError: the file is none; the text says why.
     """
+    import torch
+
     with suppress(Exception):  # a damaged file fails in many ways
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] == CHECKPOINT_FORMAT:

@@ -11,8 +11,6 @@ import math
 import numpy as np
 import scipy.fft
 import scipy.ndimage
-import torch
-from torch.nn import functional as F
 
 from network.scale import find_scale
 
@@ -85,6 +83,9 @@ def point(side):
 
 def _resized(x, size):
     """Bring an image (H, W) to another size."""
+    import torch
+    from torch.nn import functional as F
+
     x = torch.from_numpy(np.float64(x))[None, None]
     made = F.interpolate(x, tuple(size), mode="bilinear", antialias=True)
     return made[0, 0].numpy()

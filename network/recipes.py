@@ -7,7 +7,6 @@ import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from network.noise import find_noise
 from network.scale import UNIT, Scale, find_scale
@@ -175,12 +174,16 @@ def adapt(
     if not given.get("real_noise", camera):
         values["photons"] = None
     if values["precision"] == "auto":
-        fast = multiplies_bfloat16(given.get("device", torch.device("cpu")))
+        fast = multiplies_bfloat16(given.get("device"))
         values["precision"] = "bfloat16" if fast else "float32"
     return Recipe(**values)
 
 
 def multiplies_bfloat16(device):
-    """Tell whether a torch.device is a CPU that has instructions for bfloat16."""
+    """Tell whether a torch.device, None for the CPU, multiplies bfloat16 by instructions."""
+    import torch
+
     able = torch.cpu.get_capabilities()
-    return device.type == "cpu" and any(map(able.get, ("avx512_bf16", "amx_bf16")))
+    return (not device or device.type == "cpu") and any(
+        map(able.get, ("avx512_bf16", "amx_bf16"))
+    )

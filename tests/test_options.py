@@ -3,6 +3,8 @@
 import argparse
 import io
 import shlex
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,15 @@ def parse(flags, task="denoise"):
     script = SCRIPTS[task]
     words = [*shlex.split(flags), "--device", "cpu"]
     return utils.parse_arguments("", script.DEFAULTS, recipes.RECIPES, words)
+
+
+@pytest.mark.parametrize("script", ["denoise.py", "deblur.py"])
+def test_help_waits_for_neither_pytorch_nor_matplotlib(script):
+    blocked = "import runpy, sys; sys.modules.update(torch=None, matplotlib=None);"
+    command = f"{blocked} runpy.run_path(sys.argv[1], run_name='__main__')"
+    words = [sys.executable, "-c", command, script, "--help"]
+    made = subprocess.run(words, capture_output=True, check=True, text=True, cwd=ROOT)
+    assert "--num_prediction" in made.stdout
 
 
 def chosen(flags, task="denoise", y=None, eight_bits=True):
