@@ -5,13 +5,19 @@ Run by hand, on a quiet machine: python tests/benchmark.py [--recipe paper] [--s
 Both live in processes of their own, which take turns, so that neither's memory nor its
 settings touch the other's. Both have PyTorch's default precision (TF32 convolutions
 where CUDA has them).
+
+With --budgets 10 30 60 120, seconds, it says instead what a user has after them: the PSNR
+of denoise.py's result when its steps are as many as the time allows, beside BM3D's where
+that package is installed; --picture FILE draws it.
 """
 
 import argparse
+import csv
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,6 +269,69 @@ def compare(recipe, precision, device, channels, size, rounds):
     }
 
 
+def instructions():
+    """Name the widest instructions that PyTorch computes with on this CPU."""
+    widest = torch.backends.cpu.get_cpu_capability()
+    return f"{widest}, bfloat16" if recipes.multiplies_bfloat16(None) else widest
+
+
+def denoised(size, device, steps):
+    """Run denoise.py on a crop; return the whole command's seconds, and the PSNR."""
+    script = Path(__file__).parents[1] / "denoise.py"
+    options = {"crop": size, "device": device, "iteration": steps}
+    words = [f"--{key}={value}" for key, value in options.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, script, *words], cwd=folder, check=True)
+        seconds = time.perf_counter() - started
+        log = Path(folder, "logs", "denoise", "log-summary.csv").read_text()
+        return seconds, float(next(csv.DictReader(log.splitlines()))["psnr"])
+
+
+def bm3d_denoised(size):
+    """Return the seconds and the PSNR of BM3D, told sigma; None where it is not installed."""
+    try:
+        from bm3d import bm3d
+    except ImportError:
+        return None
+    sigma = denoise.DEFAULTS["sigma"]
+    clean = utils.read_picture(utils.find_images("camera")[0], size).image
+    y = clean + utils.gaussian_noise(clean.shape, sigma, denoise.DEFAULTS["seed"])
+    started = time.perf_counter()
+    made = bm3d(y[0], sigma / 255)[None]
+    return time.perf_counter() - started, utils.score(made, clean)[0]
+
+
+def quality_against_time(budgets, size, device, picture):
+    """Print, and draw, the PSNR that camera's centre crop has after so many seconds."""
+    few, many = 20, 60
+    start, end = (denoised(size, device, steps)[0] for steps in (few, many))
+    step = (end - start) / (many - few)
+    points = []
+    print("| seconds allowed | steps | seconds | PSNR, dB |\n|---|---|---|---|")
+    for budget in budgets:
+        steps = few + int((budget - start) / step)
+        if steps > 0:
+            points.append(denoised(size, device, steps))
+            seconds, psnr = points[-1]
+            print(f"| {budget:g} | {steps} | {seconds:.1f} | {psnr:.2f} |", flush=True)
+    other = bm3d_denoised(size)
+    if other:
+        print(f"| BM3D | | {other[0]:.1f} | {other[1]:.2f} |")
+    if picture:
+        figure = utils.new_figure((5, 3), 120)
+        axes = figure.subplots(gridspec_kw={"left": 0.14, "bottom": 0.16, "top": 0.97})
+        axes.plot(*zip(*points), marker="o", label="denoise.py")
+        if other:
+            axes.axhline(other[1], color="gray", ls="--", label="BM3D, told sigma")
+        axes.set(
+            xlabel="seconds, the whole command", ylabel="PSNR (dB)", xlim=(0, None)
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
+        utils.write_atomically(picture, utils.drawn(figure))
+
+
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -272,6 +341,8 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[256])
     parser.add_argument("--channels", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--budgets", type=float, nargs="*", default=[])
+    parser.add_argument("--picture", help="file of the curve, PNG")
     parser.add_argument("--work", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -283,9 +354,12 @@ def main():
     name = (
         torch.cuda.get_device_name()
         if cuda
-        else f"{torch.get_num_threads()} CPU threads"
+        else f"{torch.get_num_threads()} CPU threads, {instructions()}"
     )
     print(f"{name}, torch {torch.__version__}")
+    if args.budgets:
+        quality_against_time(args.budgets, args.sizes[0], device, args.picture)
+        return
     for row, (size, channels) in enumerate(
         (size, channels) for size in args.sizes for channels in args.channels
     ):
