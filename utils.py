@@ -239,7 +239,7 @@ OPTIONS = {
     "lr": (POSITIVE, "learning rate"),
     "optimizer": (("adam", "adamw", "muon"), "adamw has PyTorch's weight decay, 0.01"),
     "window": (NATURAL, "side of the training's windows, pixels; 0: the whole picture"),
-    "precision": (("auto", "float32", "bfloat16"), "bfloat16: on a CPU"),
+    "precision": (("auto", "float32", "bfloat16"), "of feature maps"),
     "fuse": (("on", "off"), "give back what the residual holds besides noise"),
     "bs": (COUNT, "Bernoulli samples of the observation per step"),
     "real_noise": (bool, "against a camera's noise: steps see the image drawn anew"),
@@ -322,8 +322,8 @@ def refuse_contradictions(parser, args):
         parser.error("--reference goes with --observed")
     if args.noise_sigma is not None and not args.observed:
         parser.error("--noise_sigma goes with --observed; --sigma is noise to add")
-    if args.precision == "bfloat16" and args.device.type != "cpu":
-        parser.error("--precision bfloat16 is for --device cpu")
+    if args.precision == "bfloat16" and args.device.type == "mps":
+        parser.error("--precision bfloat16 is for --device cpu and cuda")
 
 
 def name_idle(args):

@@ -48,6 +48,7 @@ def _tile(height, width, channels, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr)
 def _read(x, bias, ratio, start, w, c, channels, valid):
     """x * ratio + bias in the columns w of the row whose first pixel is `start`."""
     z = tl.load(x + start * channels + (w * channels + c), valid & (c < channels), 0.0)
+    z = z.to(tl.float32)
     if bias is not None:
         z *= tl.load(ratio + start + w, valid, 0.0)
         z += tl.load(bias + c, c < channels, 0.0)
@@ -71,7 +72,7 @@ def _pad_forward(
         value = tl.where(value > 0, value, 0.1 * value)
     start = (n * height + h) * width
     place = skip + start * skip_c + (w * skip_c + c - x_c)
-    value += tl.load(place, valid & (c >= x_c) & (c < x_c + skip_c), 0.0)
+    value += tl.load(place, valid & (c >= x_c) & (c < x_c + skip_c), 0.0).to(tl.float32)
     place = keep + start * keep_c + (w * keep_c + c * keep_s)
     value *= tl.load(place, valid & (c * keep_s < keep_c), 0).to(tl.float32) * scale
     start = (n * (height + 2) + i) * (width + 2)
@@ -106,7 +107,7 @@ def _pad_backward(
             j = (w << up) + d
             read = valid & (left <= j) & (j <= right)
             place = grad + (start * out_c + first_c) + (j * out_c + c)
-            value = tl.load(place, read, 0.0)
+            value = tl.load(place, read, 0.0).to(tl.float32)
             j = tl.minimum(tl.maximum(j - 1, 0), width - 1)
             place = keep + inner * keep_c + (j * keep_c + (first_c + c) * keep_s)
             total += value * tl.load(place, read, 0).to(tl.float32)
@@ -166,7 +167,7 @@ def _pool_backward(
     best = tl.maximum(tl.maximum(p, q), tl.maximum(r, s))
     chosen = tl.where(p == best, 0, tl.where(q == best, 1, tl.where(r == best, 2, 3)))
     place = grad + (n * out_h + i) * out_w * channels + (j * channels + c)
-    total = tl.load(place, valid, 0.0)
+    total = tl.load(place, valid, 0.0).to(tl.float32)
     total = tl.where(best > 0, total, 0.1 * total)
     place = sums + tile * channels + c
     tl.store(place, tl.sum(total, 0, keep_dims=True), c < channels)
@@ -211,7 +212,7 @@ def _mask_forward(
 def _empty(x, channels, height, width):
     """A channels_last map beside x, not yet written."""
     shape, layout = (x.shape[0], channels, height, width), torch.channels_last
-    return torch.empty(shape, device=x.device, memory_format=layout)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _tiles(tiled):
@@ -261,6 +262,7 @@ class Layer(torch.autograd.Function):
         ctx.skip_c, ctx.scale, ctx.extra = skip_c, scale, channels - weight.shape[1]
         padded = _empty(x, channels, height + 2, width + 2)
         args = x, bias, ratio, x if skip is None else skip, keep, scale, x.shape[1]
+        weight = weight.to(x.dtype)
         up = int(skip is not None)
         _launch(_pad_forward, padded, padded, *args, skip_c, *ctx.sizes, up)
         if ctx.extra:
@@ -282,11 +284,12 @@ class Layer(torch.autograd.Function):
             if ctx.extra:
                 grad_weight = grad_weight[:, : -ctx.extra]
                 grad_weight = grad_weight.contiguous(memory_format=torch.channels_last)
+            grad_weight = grad_weight.float()
         if ctx.needs_input_grad[0]:
             grad = _conv2d_gradient(grad, padded, weight, 0)
             grad_x = torch.empty_like(x)
             if bias is not None:
-                sums = x.new_empty(_tiles(x), x.shape[1])
+                sums = x.new_empty(_tiles(x), x.shape[1], dtype=torch.float32)
             args = grad_x, sums, grad, x, bias, ratio, keep, ctx.scale, 0, x.shape[1]
             _launch(_pad_backward, x, *args, *ctx.sizes, int(ctx.skip_c > 0))
             grad_bias = None if bias is None else sums.sum(0)
@@ -316,7 +319,8 @@ class Pool(torch.autograd.Function):
         """grad (N, C, ceil(H / 2), ceil(W / 2))."""
         x, bias, ratio = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x, sums = torch.empty_like(x), x.new_empty(_tiles(grad), x.shape[1])
+        grad_x = torch.empty_like(x)
+        sums = x.new_empty(_tiles(grad), x.shape[1], dtype=torch.float32)
         args = grad_x, sums, grad, x, bias, ratio, *x.shape[1:]
         _launch(_pool_backward, grad, *args)
         return grad_x, sums.sum(0), None
@@ -341,6 +345,7 @@ def window_ratio(mask, layer, pool):
 def _first(x, mask, weight):
     """The masked image's conv2d, (N, 48, H, W), as a product: cuDNN is slow here."""
     n, _, height, width = x.shape
+    mask = mask.to(x.dtype)
     x = F.pad(x, (1, 1, 1, 1), mode="replicate") * F.pad(mask, (1, 1, 1, 1), value=1.0)
     windows = F.unfold(x, 3)  # (N, C * 9, H * W)
     out = windows.transpose(1, 2) @ weight.flatten(1).T
@@ -353,8 +358,8 @@ def forward(network, x, mask, draw):
     rate = network.drop_rate
     image = F.pad(x, (0, 0, 0, 0, 0, -channels % 4))
     skips = [image.contiguous(memory_format=torch.channels_last)]
-    ones = x.new_ones(n, 1, height, width)  # the decoder's ratio
-    x = _first(x, mask, network.encoder[0].weight)
+    ones = mask.new_ones(n, 1, height, width)  # the decoder's ratio
+    x = _first(x, mask, network.encoder[0].weight.to(x.dtype))
     mask, bias, ratio = mask.bool(), None, None
     for i, layer in enumerate(network.encoder):
         if i > 0:
@@ -384,8 +389,9 @@ def forward(network, x, mask, draw):
 
 
 def usable(x):
-    """Whether the forward pass of x runs here: float32 on CUDA, with a Triton that works."""
-    return x.is_cuda and x.dtype == torch.float32 and _builds(x.device)
+    """Whether the forward pass of x runs here: on CUDA, with a Triton that works."""
+    known = x.dtype in (torch.float32, torch.bfloat16)
+    return x.is_cuda and known and _builds(x.device)
 
 
 @functools.cache

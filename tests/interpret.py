@@ -2,7 +2,7 @@
 
 Called with a case's number, it prints the largest error of the prediction and of any
 gradient, each relative to its tensor's largest value, by Triton's kernels and by PyTorch's
-own in float32: a JSON list of two pairs. A process of its own: the interpreter is chosen
+own in the same type: a JSON list of two pairs. A process of its own: the interpreter is chosen
 when the kernels are imported.
 """
 
@@ -20,11 +20,13 @@ from tensors import random_image, seeded, sparse_mask
 from network import triton_punet
 from network.punet import Punet, bent_sigmoid
 
-# The network, height and width, then of the kernels: pixels from which maps are widened,
-# block of pixels and of channels (large ones are interpreted sooner)
+FAST = 1, 0.3, "entries", False, 0.1
+# The network, type of its maps, height and width, then of the kernels: pixels from which
+# maps are widened, block of pixels and of channels (large ones are interpreted sooner)
 CASES = [
-    ((1, 0.3, "entries", False, 0.1), 33, 34, 2**14, 64, 64),
-    ((3, 0.3, "window", True), 33, 32, 0, 32, 128),
+    (FAST, torch.float32, 33, 34, 2**14, 64, 64),
+    ((3, 0.3, "window", True), torch.float32, 33, 32, 0, 32, 128),
+    (FAST, torch.bfloat16, 32, 32, 2**14, 128, 128),
 ]
 
 
@@ -50,7 +52,7 @@ def errors(made, expected):
     return each[0], max(each[1:])
 
 
-def measure(settings, height, width, *kernels):
+def measure(settings, dtype, height, width, *kernels):
     """Return one case's errors, Triton's and PyTorch's."""
     triton_punet.LARGE, triton_punet.BLOCK_W, triton_punet.BLOCK_C = kernels
     torch.manual_seed(0)
@@ -67,7 +69,7 @@ def measure(settings, height, width, *kernels):
 
     network(x, mask, draw)  # for the masks' sizes
     made = [
-        run(forward, network, x, mask, target, masks)
+        run(forward, network, x.to(dtype), mask, target, masks)
         for forward in (by_triton, Punet.forward)
     ]
     doubles = [t.double() for t in (x, mask, target)]
