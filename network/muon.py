@@ -39,22 +39,25 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: convolution weights (K, C, h, w), K <= C*h*w.
         lr: learning rate, a tensor on their device: a captured step reads it.
+        together: weights of all shapes go in one batch, made alike with zeros, which is
+            a third of the kernels; otherwise those of one shape do.
     """
 
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
+    def __init__(self, params, lr, together=False):
+        super().__init__(params, {"lr": lr, "together": together})
 
     @torch.no_grad()
     def step(self):
         """Take one step along the weights' gradients."""
         for group in self.param_groups:
-            alike = {}  # those of one shape go together
+            batches = {}
             for weight in group["params"]:
-                alike.setdefault(weight.shape, []).append(weight)
-            for shape, weights in alike.items():
-                self._step(weights, 0.2 * shape[1:].numel() ** 0.5 * group["lr"])
+                key = None if group["together"] else weight.shape
+                batches.setdefault(key, []).append(weight)
+            for weights in batches.values():
+                self._step(weights, group["lr"])
 
-    def _step(self, weights, scale):
+    def _step(self, weights, rate):
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
@@ -62,9 +65,16 @@ class Muon(torch.optim.Optimizer):
         gradients = [weight.grad for weight in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(momenta, gradients, 1 - MOMENTUM)
-        matrices = torch.stack([x.flatten(1) for x in ahead])
-        steps = orthogonalise(matrices) * -scale
-        steps = [x.view(weight.shape) for x, weight in zip(steps, weights)]
+        ahead = [x.flatten(1) for x in ahead]
+        sizes = [x.shape for x in ahead]
+        matrices = ahead[0].new_zeros(len(ahead), *map(max, zip(*sizes)))
+        places = [x[:m, :n] for x, (m, n) in zip(matrices, sizes)]
+        torch._foreach_copy_(places, ahead)
+        steps = orthogonalise(matrices) * -rate
+        steps = [
+            x[:m, :n].view(weight.shape) * (0.2 * n**0.5)
+            for x, (m, n), weight in zip(steps, sizes, weights)
+        ]
         torch._foreach_add_(weights, steps)
 
 
@@ -81,15 +91,16 @@ def make_optimizers(network, name, beta2, rate):
         weight.grad = torch.zeros_like(weight)
         fits = weight.ndim == 4 and min(weight.shape[:2]) >= MUON_CHANNELS
         (wide if name == "muon" and fits else rest).append(weight)
+    cuda = rate.device.type == "cuda"
     kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
     adam = kind(
         rest,
         lr=rate,
         fused=True,
         betas=(0.9, beta2),
-        capturable=rate.device.type == "cuda",
+        capturable=cuda,
     )
-    optimizers = [adam, Muon(wide, rate)] if wide else [adam]
+    optimizers = [adam, Muon(wide, rate, together=cuda)] if wide else [adam]
     before = copy.deepcopy(network.state_dict())
     for optimizer in optimizers:
         optimizer.step()  # makes the averages

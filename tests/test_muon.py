@@ -48,6 +48,21 @@ def test_muon_is_pytorchs(layout):
         assert difference.std() < 0.03 * moved.std()
 
 
+def test_one_batch_steps_as_several_do():
+    shapes = (40, 36, 3, 3), (33, 32, 3, 3), (40, 80, 2, 2)
+    made = []
+    for together in (False, True):
+        weights = [nn.Parameter(random_image(*shape)) for shape in shapes]
+        optimizer = Muon(weights, torch.tensor(0.5), together)
+        for seed in range(3):
+            for weight in weights:
+                weight.grad = random_image(*weight.shape, seed=seed) - 0.5
+            optimizer.step()
+        made.append(weights)
+    for separate, joined in zip(*made):
+        torch.testing.assert_close(separate, joined, rtol=0, atol=2e-6)
+
+
 def test_muon_steps_the_wide_convolutions_and_adam_the_rest():
     adam, muon = begun(random_image(3, 32, 33), optimizer="muon").optimizers
     sizes = [[w.shape for w in o.param_groups[0]["params"]] for o in (adam, muon)]
