@@ -40,6 +40,7 @@ DEFAULTS = {
     "drop_rate": None,  # in [0, 1)
     "iteration": None,  # steps
     "lr": None,
+    "width": None,  # of the network, in (0, 1]
     "optimizer": None,  # adam, adamw, muon
     "window": None,  # pixels; 0: the whole picture
     "precision": None,  # auto, float32, bfloat16
@@ -233,7 +234,7 @@ def restore(args, run, result, psf, blur):
     blurred = blur(torch.from_numpy(x)[None])[0].numpy()
     y = known * (x if args.observed else blurred + n)
     recipe, found = choose(args, y, result)
-    weights = run.initial_weights(len(x))
+    weights = run.initial_weights(len(x), recipe.width)
     learner = network.Self2Self(y, blur, known, recipe, args.seed, args.device, weights)
     result.begin(learner, y, found, psf, n=n, blurred=blurred)
     result.resume(learner)  # with --resume

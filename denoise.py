@@ -21,6 +21,7 @@ DEFAULTS = {
     "drop_rate": None,  # in [0, 1)
     "iteration": None,  # steps
     "lr": None,
+    "width": None,  # of the network, in (0, 1]
     "optimizer": None,  # adam, adamw, muon
     "window": None,  # pixels; 0: the whole picture
     "precision": None,  # auto, float32, bfloat16
@@ -67,7 +68,7 @@ def restore(args, run, result):
     n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
     y = known * (x if args.observed else x + n)
     recipe, found = choose(args, y, result)
-    weights = run.initial_weights(len(x))
+    weights = run.initial_weights(len(x), recipe.width)
     learner = network.Self2Self(
         y, identity, known, recipe, args.seed, args.device, weights
     )

@@ -217,6 +217,7 @@ RATE = number(float, 0, "a rate in [0, 1)", 1)
 SEED = number(int, 0, "a whole number from 0 to 2**32 - 1", 2**32)
 SIDE = number(int, 1, "a whole number from 1 to 4096", 4097)
 WIDTH = number(float, 1e-3, "a number from 0.001")
+SHARE = number(float, 0, "a share above 0, up to 1", math.nextafter(1, 2), False)
 
 # Options of either script: type or choices, help. Default values stand in the scripts;
 # where they are None the recipe or the picture decides.
@@ -237,6 +238,7 @@ OPTIONS = {
     "drop_rate": (RATE, "p of the Bernoulli mask and of the decoder's dropout"),
     "iteration": (COUNT, "training steps"),
     "lr": (POSITIVE, "learning rate"),
+    "width": (SHARE, "share of the paper's channels in the layers that take most time"),
     "optimizer": (("adam", "adamw", "muon"), "adamw has PyTorch's weight decay, 0.01"),
     "window": (NATURAL, "side of the training's windows, pixels; 0: the whole picture"),
     "precision": (("auto", "float32", "bfloat16"), "of feature maps"),
@@ -972,7 +974,7 @@ def curves(records):
 OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.*", "checkpoint*.pt"]
 OWN_FILES += ["error.mat", "Self2Self-*.png", "restored.*", "comparison.png"]
 OWN_FILES += ["uncertainty.png"]
-CHECKPOINT_FORMAT = 6
+CHECKPOINT_FORMAT = 7
 SAVE_EVERY = 60  # seconds between two checkpoints, or more where saving is slow
 SAVING = 20  # times the seconds that the last one took
 SPEAK_EVERY = 60  # seconds between two lines on stderr where it is no terminal
@@ -1380,7 +1382,7 @@ class Run:
     def __init__(self, args, defaults, psf=None):
         self.args, self.failed, self.begun = args, [], False
         self.started = time.time()
-        self.weights = {}  # number of channels -> those to begin with
+        self.weights = {}  # channels and the network's width -> those to begin with
         try:
             self.settings = named_settings(args, defaults, psf)
             self.log = Path(args.log_path)
@@ -1434,15 +1436,19 @@ class Run:
         return results_folder(path, self.args.model_type, self.settings[1])
 
     def _keep_weights(self, checkpoint):
-        weights = read_checkpoint(checkpoint)["learner"]["weights"]
-        self.weights[weights[0].shape[1]] = weights
+        saved = read_checkpoint(checkpoint)
+        weights = saved["learner"]["weights"]
+        self.weights[weights[0].shape[1], saved["made_from"]["width"]] = weights
 
-    def initial_weights(self, channels):
-        """Return what --init says a network of so many channels begins with, or None."""
+    def initial_weights(self, channels, width):
+        """Return what --init says a network begins with, or None."""
         previous = self.args.init == "previous"
-        if self.weights and not previous and channels not in self.weights:
-            raise InputError(f"{self.args.init}: of a picture with other channels")
-        return self.weights.get(channels)
+        if self.weights and not previous and (channels, width) not in self.weights:
+            ((others, wide),) = self.weights
+            cure = "of a picture with other channels"
+            cure = cure if others != channels else f"it goes with --width {wide:g}"
+            raise InputError(f"{self.args.init}: {cure}")
+        return self.weights.get((channels, width))
 
     @contextmanager
     def image(self, path):

@@ -9,7 +9,7 @@ MOMENTUM = 0.95
 # to between 0.68 and 1.14.
 QUINTIC = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
-MUON_CHANNELS = 32  # fewest, in and out, of a convolution that Muon steps
+MUON_CHANNELS = 16  # fewest, in and out, of a convolution that Muon steps
 
 
 def orthogonalise(matrices):

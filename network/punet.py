@@ -19,8 +19,9 @@ except ImportError:  # no Triton: PyTorch's own kernels run
 class Punet(nn.Module):
     """The masked, dropout encoder-decoder.
 
-    988,609 weights for one channel, 991,203 for three. Dropout is active whenever the
-    network runs, in eval mode too: predictions that differ are the ensemble.
+    Of the published width 988,609 weights for one channel, 991,203 for three. Dropout is
+    active whenever the network runs, in eval mode too: predictions that differ are the
+    ensemble.
 
     Args:
         channels: C, the image's channels.
@@ -31,20 +32,32 @@ class Punet(nn.Module):
             upsampled, which takes 4 multiplications in place of 9.
         bend: the last sigmoid goes on as a straight line below this and above 1 - bend;
             0: nowhere, as in the paper. In [0, 0.5).
+        width: share of the paper's channels that the encoder has at full resolution, and
+            the decoder at half, in (0, 1]: most of a step's time goes there.
     """
 
     def __init__(
-        self, channels, drop_rate, ratio="window", drop_upsampled=True, bend=0.0
+        self,
+        channels,
+        drop_rate,
+        ratio="window",
+        drop_upsampled=True,
+        bend=0.0,
+        width=1.0,
     ):
         super().__init__()
         self.drop_rate, self.drop_upsampled, self.bend = drop_rate, drop_upsampled, bend
+        # Triton's kernels want multiples of 4.
+        few, many = (max(8, round(n * width / 8) * 8) for n in (48, 96))
         self.encoder = nn.ModuleList(
-            PConv2d(c, 48, 3, ratio=ratio) for c in (channels, *[48] * 6)
+            PConv2d(c, d, 3, ratio=ratio)
+            for c, d in itertools.pairwise((channels, few, few, *[48] * 5))
         )  # enc0 .. enc6
         widths = [
             (96, 96, 96),
-            *[(144, 96, 96)] * 3,
-            (96 + channels, 64, 32, channels),
+            *[(144, 96, 96)] * 2,
+            (96 + few, many, many),
+            (many + channels, 64, 32, channels),
         ]  # dec5 .. dec1
         self.decoder = nn.ModuleList(
             nn.ModuleList(nn.Conv2d(c, d, 3) for c, d in itertools.pairwise(stage))
@@ -71,7 +84,7 @@ class Punet(nn.Module):
             return bent_sigmoid(x, self.bend)
         skips = [x]
         for i, layer in enumerate(self.encoder):
-            # (N, 48, H/2^j, W/2^j), rounded up, with j = 0, 0, 1, 2, 3, 4, 5
+            # (N, 48 or fewer, H/2^j, W/2^j), rounded up, with j = 0, 0, 1, 2, 3, 4, 5
             x, mask = layer(
                 EdgePad.apply(None, x, None), F.pad(mask, (1, 1, 1, 1), value=1.0)
             )

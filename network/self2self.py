@@ -98,6 +98,7 @@ class Self2Self:
                 recipe.ratio,
                 recipe.drop_upsampled,
                 recipe.bend,
+                recipe.width,
             )
             network = Punet(channels, *settings)
             if recipe.initialisation == "tensorflow":

@@ -20,7 +20,7 @@ from tensors import random_image, seeded, sparse_mask
 from network import triton_punet
 from network.punet import Punet, bent_sigmoid
 
-FAST = 1, 0.3, "entries", False, 0.1
+FAST = 1, 0.3, "entries", False, 0.1, 0.5
 # The network, type of its maps, height and width, then of the kernels: pixels from which
 # maps are widened, block of pixels and of channels (large ones are interpreted sooner)
 CASES = [

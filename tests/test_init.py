@@ -50,6 +50,8 @@ def test_a_checkpoints_weights_are_where_training_begins(watched, capsys):
     before = files("images")
     assert run("denoise", "--path in/c.png --init a.pt") == 2
     assert "a.pt: of a picture with other channels" in capsys.readouterr().err
+    assert run("denoise", "--path in/b.png --init a.pt --width 1") == 2
+    assert "a.pt: it goes with --width 0.5" in capsys.readouterr().err
     path.write_bytes(path.read_bytes()[:2000])
     assert run("denoise", "--path in/b.png --init a.pt") == 2
     assert "a.pt: damaged, or" in capsys.readouterr().err
@@ -63,7 +65,7 @@ def test_a_folders_images_hand_their_weights_on(watched, monkeypatch, capsys):
     assert run("denoise", flags) == 0
     a, b, c, d = watched
     assert not same(a, checkpoint("a.png"))
-    chance = begun(random_image(3, 32, 32), initialisation="pytorch")
+    chance = begun(random_image(3, 32, 32), initialisation="pytorch", width=0.5)
     chance = chance.network_weights()
     assert same(b[:-1], chance[:-1])  # but for the last bias, the observation's mean
     assert same(c, checkpoint("a.png")) and same(d, checkpoint("c.png"))

@@ -101,13 +101,15 @@ def test_punet_is_its_plain_self(size, channels, drop_rate, drop_upsampled, make
     mask = make_mask(*shape)
     x = (random_image(*shape).double() * mask).requires_grad_()
     torch.manual_seed(0)
-    network = Punet(channels, drop_rate, drop_upsampled=drop_upsampled).double()
+    width = 1.0 if drop_upsampled else 0.5
+    network = Punet(channels, drop_rate, "window", drop_upsampled, 0, width).double()
     parameters = list(network.parameters())
     draw = Recorder()
     prediction = network(x, mask, draw)
     drawn = [96, 96, 144, 96, 144, 96, 144, 96, 96 + channels, 64, 32]
     if not drop_upsampled:
-        drawn[0:9:2] = [48, 48, 48, 48, channels]
+        drawn[0:9:2] = [48, 48, 48, 24, channels]
+        drawn[7] = 48
     assert [m.shape[1] for m in draw.masks] == (drawn if drop_rate else [])
     plain = plain_punet(parameters, x, mask, draw.masks, drop_rate)
     target = random_image(*shape, seed=1)
@@ -164,9 +166,13 @@ def test_triton_kernels_compute_the_same(shape, settings, monkeypatch):
         assert (ours - expected).abs().max() <= 5e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("channels, count", [(1, 988_609), (3, 991_203)])
-def test_punet_has_its_weights(channels, count):
-    assert sum(p.numel() for p in Punet(channels, 0.3).parameters()) == count
+@pytest.mark.parametrize(
+    "channels, width, count",
+    [(1, 1, 988_609), (3, 1, 991_203), (1, 0.5, 799_897)],
+)
+def test_punet_has_its_weights(channels, width, count):
+    network = Punet(channels, 0.3, width=width)
+    assert sum(p.numel() for p in network.parameters()) == count
 
 
 def test_dropout_is_active_in_eval_mode():
