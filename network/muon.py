@@ -13,19 +13,25 @@ MUON_CHANNELS = 16  # fewest, in and out, of a convolution that Muon steps
 
 
 def orthogonalise(matrices):
-    """Bring the singular values of matrices (..., m, n), m <= n, to about one each.
+    """Bring the singular values of matrices (N, m, n), m <= n, to about one each.
 
     Every step multiplies x from the left by a polynomial of x x^T. Their product is found
     from that m x m matrix alone: a third of the work.
     """
     a, b, c = QUINTIC
+
+    def polynomial(gram):
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal(dim1=-2, dim2=-1).add_(a)
+        return step
+
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-12)
     gram = x @ x.mT
-    product = one = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-    for _ in range(ITERATIONS):
-        step = a * one + b * gram + c * gram @ gram
-        product = step @ product
+    product = step = polynomial(gram)
+    for _ in range(ITERATIONS - 1):
         gram = step @ gram @ step
+        step = polynomial(gram)
+        product = step @ product
     return product @ x
 
 
