@@ -13,7 +13,7 @@ import scipy.io
 import network
 import utils
 from network import noise, recipes
-from network.psf import doubt, estimate_psf, point
+from network.psf import SECOND, doubt, estimate_psf, point
 
 LARGEST_PSF = 4096  # side, pixels; as --kernel_size
 # What an estimated PSF is wrong by is like noise of at least this sigma, where 255 is the
@@ -217,7 +217,7 @@ def estimate(result, x, size):
             "pixels; a smaller --kernel_size may be found"
         )
     psf = estimate_psf(x, size)
-    print(f"{result.name}: {doubt(psf)}")
+    print(f"{result.name}: {doubt(psf, estimate_psf(x, size, SECOND))}")
     return psf
 
 

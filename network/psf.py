@@ -18,6 +18,10 @@ SIDE = 768  # pixels: of a larger picture the part with the strongest edges is l
 ALTERNATIONS = 5  # of a scale
 # Weight of the number of gradients; from one alternation to the next it is divided.
 SPARSE, LESS, LEAST = 0.032, 1.1, 1e-4
+SECOND, ALIKE = (
+    0.012,
+    0.7,
+)  # for a second estimate, and how the two correlate: see doubt
 RIDGE = 0.002  # weight of the PSF's squares, times the gradients' sum of squares
 STEPS = 150  # of FISTA (Beck, Teboulle 2009)
 SMALLEST = 0.05  # of the PSF's maximum: what is below is cut
@@ -25,19 +29,20 @@ POINT, EDGE = 0.7, 0.02  # share of a PSF next to its centre, at its edge: see d
 ISLAND = 0.1  # of the PSF's sum: a connected part with less is cut
 
 
-def estimate_psf(y, size):
+def estimate_psf(y, size, sparse=SPARSE):
     """Estimate the PSF of a picture that is blurred alike everywhere.
 
     Args:
         y: the blurred picture, (C, H, W), in any units, twice as large as the PSF.
         size: side of the PSF's array, pixels, odd.
+        sparse: weight of the number of gradients, to begin with.
 
     Returns:
         k, (size, size), float64, not below 0, of sum 1, its mass in the middle.
     """
     gray = _part(find_scale(y, np.ones((1, 1, 1))).to(y).mean(0))
     count = 1 + max(0, math.ceil(2 * math.log2(size / 3)))
-    psf, sparse = None, SPARSE
+    psf = None
     for scale in reversed(range(count)):
         factor = 2 ** (-scale / 2)
         blurred = _resized(gray, [round(n * factor) for n in gray.shape])
@@ -46,19 +51,30 @@ def estimate_psf(y, size):
         periodic, inside = _periodic(blurred, side)
         for _ in range(ALTERNATIONS):
             latent = _sharpened(periodic, psf, sparse)
-            psf = _normal(_fit(latent, periodic, inside, side))
+            if np.ptp(latent) > 0:  # else nothing of it is strong enough to tell
+                psf = _normal(_fit(latent, periodic, inside, side))
             sparse = max(sparse / LESS, LEAST)
     return psf
 
 
-def doubt(psf):
-    """Say what to think of an estimated PSF (h, w)."""
+def doubt(psf, second):
+    """Say what to think of an estimated PSF (h, w), and of one with the weight SECOND.
+
+    Where edges tell the PSF, the weight hardly matters.
+    """
     down, right = np.indices(psf.shape) - np.reshape(psf.shape, (2, 1, 1)) // 2
     if psf[np.hypot(down, right) < 1.5].sum() > POINT:
         return "hardly any blur is found"
     at_edge = psf.sum() - psf[1:-1, 1:-1].sum()
     if at_edge > EDGE:
         return "the PSF fills its array; a larger --kernel_size may be better"
+    size = [2 * n for n in psf.shape]
+    both = scipy.fft.rfft2(psf, size) * scipy.fft.rfft2(second, size).conj()
+    alike = scipy.fft.irfft2(both, size).max() / np.sqrt(
+        (psf**2).sum() * (second**2).sum()
+    )
+    if alike < ALIKE:
+        return "the PSF is uncertain: two estimates differ; kernel.png shows one"
     return "the PSF is estimated; kernel.png shows it"
 
 

@@ -57,9 +57,20 @@ def test_units_do_not_matter_and_the_same_comes_back():
 def test_a_sharp_picture_has_a_point():
     found = estimate_psf(blurred(np.ones((1, 1)), 2.55), 15)
     assert found[6:9, 6:9].sum() > 0.7
-    assert doubt(found) == "hardly any blur is found"
-    assert "larger --kernel_size" in doubt(np.full((5, 5), 1 / 25))
-    assert "kernel.png shows it" in doubt(np.pad(np.full((5, 5), 1 / 25), 2))
+    assert doubt(found, found) == "hardly any blur is found"
+    full = np.full((5, 5), 1 / 25)
+    assert "larger --kernel_size" in doubt(full, full)
+    inner = np.pad(full, 2)
+    assert "kernel.png shows it" in doubt(inner, np.roll(inner, 1, 1))
+    assert "two estimates differ" in doubt(inner, np.eye(9) / 9)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_learnt_where_no_edge_is_strong_enough():
+    y = np.zeros((1, 90, 90))
+    y[0, 40:43, 50:52] = 1, 1.2
+    found = estimate_psf(y, 31)
+    assert (found >= 0).all() and found.sum() == pytest.approx(1)
 
 
 def test_the_fit_is_that_of_a_dense_solver(monkeypatch):
