@@ -47,8 +47,7 @@ class Recipe:
     # default: the last bias is as initialised; mean: it is such that the first
     # predictions have the observation's mean.
     start: str
-    # Share of the published channels in the layers that take most time, (0, 1], where the
-    # result is fused: see Punet. Elsewhere it is 1.
+    # Share of the published channels in the layers that take most time, (0, 1]: see Punet.
     width: float
     # Where the last sigmoid goes on as a straight line, in [0, 0.5): see Punet.
     bend: float
@@ -111,7 +110,7 @@ RECIPES = {
         schedule="linear",
         ratio="entries",
         initialisation="pytorch",  # the other leaves the ensemble behind
-        width=0.5,  # a step takes two thirds of the time; fusing makes good what is lost
+        width=1.0,
         start="mean",  # a large rate does not run into the sigmoid's flat ends
         bend=0.1,  # what lies beyond the range of y can be reached
         own_scale=True,
@@ -122,6 +121,10 @@ RECIPES = {
         window=384,  # large pictures cost no more than small ones
     ),
 }
+
+# What `fast` has instead where its result is fused. Fusing makes good what the network so
+# loses, and a step takes two thirds of the time, or of a large picture a quarter.
+FUSED = {"width": 0.5, "window": 256}
 
 
 def adapt(
@@ -175,8 +178,8 @@ def adapt(
             values[field] = next(v for k, v in reversed(value.items()) if k <= level)
         values[field] = given.get(field, values[field])
     values["fuse"] &= values["drop_rate"] > 0 and given.get("num_prediction", 2) > 1
-    if not values["fuse"]:
-        values["width"] = given.get("width", 1.0)
+    if recipe.fuse and values["fuse"]:
+        values |= FUSED | {k: given[k] for k in FUSED.keys() & given}
     camera = recipe.own_scale and not blurred and not noise.is_white()
     if not given.get("real_noise", camera):
         values["photons"] = None
