@@ -13,7 +13,7 @@ import tifffile
 import torch
 from scripts import files, run, write
 
-import denoise
+import network
 from network import health
 
 
@@ -190,7 +190,7 @@ def test_what_fails_later_is_one_line_too(error, words, status, monkeypatch, cap
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(denoise.Self2Self, "predict", fail)
+    monkeypatch.setattr(network.Self2Self, "predict", fail)
     assert run("denoise", "--path in/a.png") == status
     assert words in capsys.readouterr().err
 
@@ -225,7 +225,7 @@ def test_a_network_that_dies_late_leaves_its_last_good_result(capsys, monkeypatc
     write("in/a.png")
     monkeypatch.setattr(health, "CHECK_EVERY", 10)
     monkeypatch.setattr(health, "EARLY", 15)
-    monkeypatch.setattr(denoise.Self2Self, "alive", lambda learner: learner.step < 20)
+    monkeypatch.setattr(network.Self2Self, "alive", lambda learner: learner.step < 20)
     flags = "--path in/a.png --iteration 30 --test_frequency 10 --recipe paper"
     assert run("denoise", flags) == 1
     assert "the result of step 10 is kept" in capsys.readouterr().err

@@ -10,14 +10,14 @@ import torch
 from kill import kill_and_compare
 from scripts import files, run, without_seconds, write
 
-import denoise
+import network
 import utils
 
 
 @pytest.fixture
 def crash(monkeypatch):
     """Return a function that makes the n-th training step from now end the process."""
-    real = denoise.Self2Self.train_step
+    real = network.Self2Self.train_step
 
     def at(steps):
         left = itertools.count(steps - 1, -1)
@@ -27,7 +27,7 @@ def crash(monkeypatch):
                 raise SystemExit(99)
             real(learner)
 
-        monkeypatch.setattr(denoise.Self2Self, "train_step", train_step)
+        monkeypatch.setattr(network.Self2Self, "train_step", train_step)
 
     return at
 
@@ -123,18 +123,18 @@ def test_a_checkpoint_with_another_reference_is_refused(capsys):
 @pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143)])
 def test_a_signal_ends_the_run_in_a_line(number, status, monkeypatch, capsys):
     write("in/a.png")
-    real = denoise.Self2Self.train_step
+    real = network.Self2Self.train_step
 
     def train_step(learner):
         real(learner)
         if learner.step == 3:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(denoise.Self2Self, "train_step", train_step)
+    monkeypatch.setattr(network.Self2Self, "train_step", train_step)
     assert run("denoise", "--path in/a.png --recipe paper") == status
     err = capsys.readouterr().err
     assert "interrupted; --resume goes on" in err and err.count("\n") == 1
-    monkeypatch.setattr(denoise.Self2Self, "train_step", real)
+    monkeypatch.setattr(network.Self2Self, "train_step", real)
     assert run("denoise", "--path in/a.png --recipe paper --resume") == 0
     assert "going on from step 2" in capsys.readouterr().out
 
