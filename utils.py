@@ -1080,7 +1080,7 @@ class Result:
             kernel: the PSF (h, w), or None.
             simulated: n, the noise, and blurred, of y's shape, that an --observed image has not.
         """
-        if learner.recipe.fuse and learner.recipe.noise is None:
+        if learner.recipe.fuse and learner.recipe.noise is None and kernel is None:
             raise InputError(
                 f"{self.path}: its noise is {noise.describe()}: to fuse, --noise_sigma "
                 "says how strong it is"

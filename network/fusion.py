@@ -64,7 +64,9 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
         observation: y, likewise.
         known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W). Made for
             a margin; for holes see missing.fuse.
-        sigma: s, standard deviation of y's white noise on the 0-255 scale.
+        sigma: s, standard deviation of y's white noise on the 0-255 scale. None: it is
+            not known, and all of the residual counts as noise. Under a blur that is
+            nearly so, for A leaves little of the error of f.
         forward_operator: A, linear, for every channel by itself and the same at every
             place of the image, which it takes as periodic; from and to (1, C, H, W).
 
@@ -85,8 +87,11 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
     impulse[..., 0, 0] = 1
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
-    noise = quiet_energy(residual) / known.mean() - mean.mean() * power.mean()
-    noise = max((sigma / 255) ** 2, noise.item())
+    if sigma is None:
+        noise = (residual**2).mean().item() / known.mean().item()
+    else:
+        noise = quiet_energy(residual) / known.mean() - mean.mean() * power.mean()
+        noise = max((sigma / 255) ** 2, noise.item())
     passed = bounded(power, noise / mean)
     ratio = noise * (1 / passed).mean((1, 2), keepdim=True) / mean
     # Twice the noise's energy is not chance, whatever the predictions agree upon.

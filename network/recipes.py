@@ -140,8 +140,8 @@ def adapt(
 ):
     """Return a recipe as it is for one picture.
 
-    White noise is fused, and made even beforehand where it is not; against other noise
-    steps see photons. `paper` does neither.
+    White noise is fused, and made even beforehand where it is not; so are blurred JPEGs.
+    Against other noise steps see photons. `paper` does neither.
 
     Args:
         name: of one of RECIPES.
@@ -166,8 +166,9 @@ def adapt(
     sigma = 0.0 if nothing else noise.sigma()
     sigma = None if sigma is None else scale.level(sigma)
     filled = holes and not blurred and sigma == 0
-    fuse = noise.is_white() and (evened or noise.is_even())
-    fuse = recipe.fuse and (filled or (fuse and sigma > 0 and not holes))
+    fuse = noise.is_white() and (evened or noise.is_even()) and sigma > 0
+    fuse = fuse or (blurred and noise.kind == "compressed")
+    fuse = recipe.fuse and (filled or (fuse and not holes))
     level = sigma if noise.is_white() and not blurred else UNKNOWN_SIGMA
     values = dataclasses.asdict(recipe) | {"scale": scale, "noise": sigma, "fuse": fuse}
     values["absolute"] = eight_bits and recipe.own_scale and not lines

@@ -115,6 +115,15 @@ def test_fusing_does_not_believe_a_level_far_too_low(operator, monkeypatch):
     assert errors[2] < errors[0] * 1.1
 
 
+def test_an_unknown_level_is_that_of_the_residual():
+    blur = CircularBlur(gaussian_psf(15, 1.0))
+    _, f, y = observed(0.05, 0.1)
+    residual = y - blur(torch.from_numpy(f)[None])[0].numpy()
+    level = 255 * np.sqrt((residual**2).mean())
+    for made, told in zip(*(fused(f, y, s, 0.05, blur) for s in (None, level))):
+        np.testing.assert_allclose(made, told, atol=1e-5)
+
+
 def test_quiet_quarter_of_a_spectrum_is_its_definition():
     residual = random_image(3, 41, 36).numpy() - 0.5
     energy = np.abs(np.fft.rfft2(residual)) ** 2 / (41 * 36)

@@ -81,7 +81,14 @@ def test_a_jpeg_is_told_by_its_grid(quality, channels):
     data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     decoded = np.atleast_3d(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
     y = decoded[3:, 5:].transpose(2, 0, 1) / 255
-    assert find_noise(y, ALL).kind == "compressed"
+    found = find_noise(y, ALL)
+    assert found.kind == "compressed"
+    sharp, blurred, holes = (
+        recipes.adapt("fast", y, noise=found, blurred=blurred, holes=holes)
+        for blurred, holes in ((False, False), (True, False), (True, True))
+    )
+    assert blurred.fuse and blurred.noise is None and not blurred.photons
+    assert not sharp.fuse and not holes.fuse
 
 
 def test_what_is_missing_or_burnt_out_or_flat_does_not_count():
