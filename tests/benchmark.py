@@ -320,7 +320,7 @@ def quality_against_time(budgets, size, device, picture):
         print(f"| BM3D | | {other[0]:.1f} | {other[1]:.2f} |")
     if picture:
         figure = utils.new_figure((5, 3), 120)
-        axes = figure.subplots(gridspec_kw={"left": 0.14, "bottom": 0.16, "top": 0.97})
+        axes = figure.subplots(gridspec_kw={"left": 0.16, "bottom": 0.16, "top": 0.97})
         axes.plot(*zip(*points), marker="o", label="denoise.py")
         if other:
             axes.axhline(other[1], color="gray", ls="--", label="BM3D, told sigma")
