@@ -122,8 +122,8 @@ RECIPES = {
     ),
 }
 
-# What `fast` has instead where its result is fused. Fusing makes good what the network so
-# loses, and a step takes three quarters of the time, of a large picture a third.
+# What `fast` has instead where its result is fused. That makes good what the network loses,
+# and a step takes three quarters of the time, of a large picture a third.
 FUSED = {"width": 0.5, "window": 256}
 
 

@@ -110,6 +110,21 @@ def test_fast_goes_by_the_noise_where_it_is_known(flags, drop_rate, power):
         assert dark.drop_rate == expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "width", "window"),
+    [
+        ("", 0.5, 256),
+        ("--width 1 --window 64", 1, 64),
+        ("--fuse off", 1, 384),
+        ("--recipe paper", 1, 0),
+        ("--sigma 0 --missing 0.5", 0.5, 256),
+    ],
+)
+def test_less_of_a_network_will_do_where_noise_is_fused(flags, width, window):
+    recipe, _ = chosen(flags)
+    assert (recipe.width, recipe.window) == (width, window)
+
+
 def test_fast_fuses_where_it_pays():
     def fuses(task, flags):
         return chosen(flags, task)[0].fuse
