@@ -304,7 +304,7 @@ def bm3d_denoised(size):
 
 def quality_against_time(budgets, size, device, picture):
     """Print, and draw, the PSNR that camera's centre crop has after so many seconds."""
-    few, many = 20, 60
+    few, many = 20, 120
     start, end = (denoised(size, device, steps)[0] for steps in (few, many))
     step = (end - start) / (many - few)
     points = []
