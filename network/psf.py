@@ -58,10 +58,7 @@ def estimate_psf(y, size, sparse=SPARSE):
 
 
 def doubt(psf, second):
-    """Say what to think of an estimated PSF (h, w), and of one with the weight SECOND.
-
-    Where edges tell the PSF, the weight hardly matters.
-    """
+    """Say what to think of an estimated PSF (h, w); another weight hardly changes a sure one."""
     down, right = np.indices(psf.shape) - np.reshape(psf.shape, (2, 1, 1)) // 2
     if psf[np.hypot(down, right) < 1.5].sum() > POINT:
         return "hardly any blur is found"
@@ -100,10 +97,11 @@ def point(side):
 def _resized(x, size):
     """Bring an image (H, W) to another size."""
     import torch
-    from torch.nn import functional as F
 
     x = torch.from_numpy(np.float64(x))[None, None]
-    made = F.interpolate(x, tuple(size), mode="bilinear", antialias=True)
+    made = torch.nn.functional.interpolate(
+        x, tuple(size), mode="bilinear", antialias=True
+    )
     return made[0, 0].numpy()
 
 
