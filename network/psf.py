@@ -1,9 +1,8 @@
 """The PSF of a blurred picture, estimated from the picture alone.
 
-From coarse to fine two steps alternate: a latent picture of strong edges alone (L0
-gradients: Xu, Lu, Xu, Jia 2011; Pan, Hu, Su, Yang 2014), and the PSF that brings its
-gradients to the blurred picture's (Cho, Lee 2009). A sharp picture's edges are few, so that
-the latent picture can not explain the blur, and the PSF has to.
+From coarse to fine two steps alternate: a latent picture of few, strong edges (L0
+gradients: Xu, Lu, Xu, Jia 2011; Pan, Hu, Su, Yang 2014), which can not explain the blur, and
+the PSF that brings its gradients to the blurred picture's (Cho, Lee 2009).
 """
 
 import math
@@ -96,7 +95,7 @@ def point(side):
 
 def _resized(x, size):
     """Bring an image (H, W) to another size."""
-    import torch
+    import torch  # late: see network/__init__.py
 
     x = torch.from_numpy(np.float64(x))[None, None]
     made = torch.nn.functional.interpolate(
