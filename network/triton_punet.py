@@ -343,7 +343,7 @@ def window_ratio(mask, layer, pool):
 
 
 def _first(x, mask, weight):
-    """The masked image's conv2d, (N, 48, H, W), as a product: cuDNN is slow here."""
+    """The masked image's conv2d, (N, K, H, W), as a product: cuDNN is slow here."""
     n, _, height, width = x.shape
     mask = mask.to(x.dtype)
     x = F.pad(x, (1, 1, 1, 1), mode="replicate") * F.pad(mask, (1, 1, 1, 1), value=1.0)

@@ -127,8 +127,8 @@ class Plain:
 
 
 def our_learner(recipe, precision, device, channels, size):
-    """The learner as the scripts use it."""
-    flags = ["--recipe", recipe, "--device", str(device)]
+    """The learner as the scripts use it, but of the published width, as the plain one is."""
+    flags = ["--recipe", recipe, "--device", str(device), "--width", "1"]
     flags += ["--precision", precision] if precision else []
     args = utils.parse_arguments(__doc__, denoise.DEFAULTS, recipes.RECIPES, flags)
     y = np.random.default_rng(0).random((channels, size, size), np.float32)
