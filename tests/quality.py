@@ -1,229 +1,317 @@
-"""Measure recipes side by side, on the same observations, beside classical methods.
+"""Measure the READMEs' tables: every run is a script's, as a user would start it.
 
-Run by hand: python tests/quality.py [--images FOLDER] [--task deblur] [--steps 1000] ...
-Every run's scores are kept in a JSON file, --out; called again it goes on from there.
+Run by hand: python tests/quality.py --images FOLDER [--tables set9 ...] [--flags="--lr 1e-3"]
+FOLDER holds the test sets (`plan` says which); a table whose pictures are not there is left
+out. Every run keeps a folder of its own in --out; called again, only what is missing is
+measured, with --print nothing is. "Classical" is BM3D, where the package bm3d is installed,
+which is for non-commercial use; of missing pixels it is biharmonic inpainting.
 
-A recipe is one of network/recipes.py, with changes behind it: "fast" or "fast,lr=0.0005",
-or "fast,-averaging_power": the ingredient taken away, as in the recipe "paper".
+Or with --observation FILE a recipe is followed, step by step, at one observation.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import math
+import shlex
+import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import cv2
 import numpy as np
+import scipy.ndimage
+import skimage.data
+import tifffile
 import torch
-from skimage.restoration import (
-    denoise_nl_means,
-    denoise_tv_chambolle,
-    richardson_lucy,
-    wiener,
-)
+from skimage.restoration import inpaint_biharmonic
 
 import deblur
 import denoise
 import utils
 from network import Self2Self, recipes
+from network.noise import find_noise, white
 
-BUNDLED = ("camera", "brick", "coins", "astronaut", "chelsea", "coffee")
+try:
+    import bm3d
+except ImportError:
+    bm3d = None
+
+ROOT = Path(__file__).parents[1].resolve()
+GRAY = "Set9/House256rgb", "Set9/Peppers512rgb", "Set9/kodim01", "camera"
+PUBLISHED = "kernel4", "kernel8"  # Levin's PSFs that are not turned by 180 degrees
 SCRIPTS = {"denoise": denoise, "deblur": deblur}
+COLUMNS = (
+    "observation",
+    "classical",
+    "network",
+    "you get",
+    "SSIM, classical",
+    "SSIM",
+    "seconds",
+)
 
 
-def settings(task, text, steps, seed, device, sigma, kernel):
-    """Return the options' values for a recipe and a number of steps, and its changes."""
-    name, *changes = text.split(",")
-    flags = {"recipe": name, "seed": seed, "device": device, "sigma": sigma}
-    flags |= {"iteration": steps} if steps else {}
-    flags |= {"kernel": kernel} if kernel else {}
-    words = [f"--{key}={value}" for key, value in flags.items()]
-    args = utils.parse_arguments("", SCRIPTS[task].DEFAULTS, recipes.RECIPES, words)
-    paper, changed = recipes.RECIPES["paper"], {}
-    for change in changes:
-        key, _, value = change.removeprefix("-").partition("=")
-        changed[key] = json.loads(value) if value else getattr(paper, key)
-    return args, changed
+class Case(NamedTuple):
+    """One run of a script: the row of a table that it counts in, and what it is given."""
+
+    table: str
+    row: str
+    script: str
+    picture: Path
+    flags: str
+    clean: Path | None = None  # of an observed picture
 
 
-def choose(task, args, changes, y):
-    """Return the recipe that the script chooses for an observation, changed."""
-    known = np.ones((1, *y.shape[1:]), np.float32)
-    result = SimpleNamespace(known=known, eight_bits=True, place=slice(None))
-    recipe, _ = SCRIPTS[task].choose(args, y, result)
-    return dataclasses.replace(recipe, **changes)
+def plan(sets, made):
+    """Yield the cases of every table.
 
-
-def learn(y, operator, clean, args, recipe):
-    """Return one run's scores.
-
-    PSNR, SSIM, seconds, whether the network lived, the plain ensemble's PSNR, predicted
-    over true squared error, and their correlation.
+    Args:
+        sets: the folder of test sets.
+        made: a folder for the pictures that are made of them.
     """
-    started = time.perf_counter()
-    learner = Self2Self(y, operator, None, recipe, args.seed, args.device)
+    for table, folder in (("set9", "Set9"), ("kodak", "Kodak24-256")):
+        for sigma in (25, 50):
+            for picture in sorted((sets / folder).glob("*.png")):
+                flags = f"--sigma {sigma}"
+                yield Case(table, f"sigma {sigma}", "denoise", picture, flags)
+    gray = gray_pictures(sets, GRAY, made)
+    for sigma in (5, 10, 15, 25, 50):
+        for picture, seed in ((p, s) for s in (0, 1) for p in gray):
+            flags = f"--sigma {sigma} --crop 128 --seed {seed}"
+            yield Case("gray", f"sigma {sigma}", "denoise", picture, flags)
+    for sigma in (2.55, 7.65):
+        for number in (1, 3, 5):
+            kernel = sets / f"kernels/levin{number}.mat"
+            for picture in gray if kernel.exists() else ():
+                flags = (
+                    f"--sigma {sigma} --crop 256 --kernel {shlex.quote(str(kernel))}"
+                )
+                yield Case("deblur", f"sigma {sigma}", "deblur", picture, flags)
+    holes = gray_pictures(sets, ("Set11/hill", *GRAY[:3]), made)
+    for share in (50, 70, 90):
+        for picture in holes:
+            flags = f"--sigma 0 --crop 128 --missing {share / 100}"
+            yield Case("missing", f"{share} % missing", "denoise", picture, flags)
+    for row, noise in SPOILED.items():
+        for picture in (*gray, *(sets / "Set9").glob("F16_512rgb.png")):
+            noisy, clean = spoiled(picture, row, noise, made)
+            yield Case("observed", row, "denoise", noisy, "--observed", clean)
+    for name, noisy in (("FMD", "one"), ("CC15", "real"), ("PolyU", "real")):
+        for picture in sorted((sets / name).glob(f"*_{noisy}.*")):
+            clean = picture.with_name(picture.name.replace(f"_{noisy}.", "_mean."))
+            flags = "--observed --crop 128"
+            yield Case("pairs", name, "denoise", picture, flags, clean)
+    for picture in sorted((sets / "Levin").glob("im*_kernel*_img.png")):
+        clean, kernel, _ = picture.stem.split("_")
+        psf = cv2.imread(str(sets / f"Levin/{kernel}.png"), cv2.IMREAD_GRAYSCALE)
+        psf = psf if kernel in PUBLISHED else psf[::-1, ::-1]
+        file = made / f"{kernel}.npy"
+        np.save(file, psf)
+        clean = picture.with_name(f"{clean}.png")
+        for row, kernel in (("PSF estimated", "estimate"), ("true PSF", file)):
+            flags = f"--observed --kernel {shlex.quote(str(kernel))}"
+            yield Case("levin", row, "deblur", picture, flags, clean)
+
+
+# Noise of the pictures that are observed: its standard deviation, or how many photons a
+# pixel of 1 has.
+SPOILED = {
+    "white, sigma 5": (5, 0),
+    "white, sigma 10": (10, 0),
+    "30 photons": (0, 30),
+    "120 photons": (0, 120),
+}
+
+
+def gray_pictures(sets, names, made):
+    """Write pictures of the sets, or scikit-image's, in gray, OpenCV's; return the paths."""
+    paths = []
+    for name in names:
+        folder = (sets / name).parent if "/" in name else Path(skimage.data.data_dir)
+        for file in folder.glob(f"{Path(name).name}.*"):
+            paths.append(made / f"{file.stem}.png")
+            pixels = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
+            utils.write_atomically(paths[-1], cv2.imencode(".png", pixels)[1].tobytes())
+    return paths
+
+
+def spoiled(picture, row, noise, made):
+    """Write a crop of a picture with noise, and without, as float TIFF; return both."""
+    paths = [made / f"{picture.stem}, {row}{end}.tif" for end in ("", ", clean")]
+    clean = 0.8 * utils.read_picture(picture, 128).image + 0.1
+    sigma, photons = noise
+    noisy = clean + utils.gaussian_noise(clean.shape, sigma, 0)
+    if photons:
+        noisy = np.random.default_rng(0).poisson(clean * photons) / photons
+    for path, image in zip(paths, (noisy, clean)):
+        planes = np.moveaxis(image, 0, -1) if len(image) == 3 else image[0]
+        tifffile.imwrite(path, planes.astype(np.float32))
+    return paths
+
+
+def scores(case, folder, extra):
+    """Return the PSNR and SSIM, and seconds, of a case's run; None where it is not there.
+
+    It is a dictionary by COLUMNS. The script is run unless `extra`, more flags, is None.
+    """
+    records = [*map(utils.read_record, (f.parent for f in folder.rglob("record.json")))]
+    if not any(record and record["finished"] for record in records):
+        if extra is None:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        words = ["--path", case.picture, *shlex.split(case.flags), *extra, "--resume"]
+        words += ["--reference", case.clean] if case.clean else []
+        command = [sys.executable, ROOT / f"{case.script}.py", *words]
+        subprocess.run([*map(str, command)], cwd=folder, check=True)
+        return scores(case, folder, None)
+    record = next(record for record in records if record["finished"])
+    _, _, psnr, ssim, network, seconds = record["rows"][-1]
+    found = {"observation": record["observation"][0], "network": network}
+    found |= {"you get": psnr, "SSIM": ssim, "seconds": seconds}
+    if case.table == "levin":  # what is found may be shifted
+        clean = utils.read_picture(case.clean).image[0]
+        restored = utils.read_picture(next(folder.rglob("restored.png"))).image[0]
+        found |= {"you get": best_shift(restored, clean), "network": math.nan}
+    return found
+
+
+def best_shift(image, clean, reach=4):
+    """Return the PSNR at the best shift by half pixels, 20 pixels of edge left out."""
+    inner, best = (slice(20, -20),) * 2, (0.0, 0.0)
+
+    def psnr(shift):
+        moved = scipy.ndimage.shift(image, shift, order=3, mode="nearest")
+        return -10 * math.log10(((moved - clean)[inner] ** 2).mean())
+
+    for offsets in (range(-reach, reach + 1), (-0.5, 0, 0.5)):
+        around = [(best[0] + i, best[1] + j) for i in offsets for j in offsets]
+        best = max(around, key=psnr)
+    return psnr(best)
+
+
+def classical(case):
+    """Return PSNR and SSIM of BM3D, or of biharmonic inpainting; None: of neither.
+
+    BM3D is told the noise's sigma, or what the program finds, which is made even for it
+    where it grows. Deblurring, it is the best of shifts by a pixel and of both
+    orientations of the PSF, which its conventions leave open.
+    """
+    words = ["--path", str(case.picture), *shlex.split(case.flags)]
+    script = SCRIPTS[case.script]
+    args = utils.parse_arguments("", script.DEFAULTS, recipes.RECIPES, words)
+    x = utils.read_picture(case.picture, args.crop).image
+    y = x if args.observed else x + utils.gaussian_noise(x.shape, args.sigma, args.seed)
+    if args.missing:
+        draws = np.random.default_rng((args.seed, 1)).random((1, *x.shape[1:]))
+        filled = inpaint_biharmonic(x[0], draws[0] < args.missing)
+        return utils.score(filled[None], x)
+    if args.observed:
+        clean = utils.read_picture(case.clean, args.crop).image
+        noise = find_noise(y, np.ones((1, 1, 1)))
+        if not noise.is_white():
+            return None
+        recipe = recipes.adapt("fast", y, noise=noise)
+        even = filtered(recipe.scale.to(y), recipe.noise / 255)
+        return utils.score(recipe.scale.back(even), clean)
+    if case.script == "denoise":
+        return utils.score(filtered(y, args.sigma / 255), x)
+    psf = deblur.read_psf(args.kernel)
+    y += deblur.CircularBlur(psf)(torch.from_numpy(x)[None])[0].numpy() - x
+    sharp = [
+        bm3d.bm3d_deblurring(y[0], args.sigma / 255, k) for k in (psf, psf[::-1, ::-1])
+    ]
+    moves = itertools.product((-1, 0, 1), repeat=2)
+    moved = [np.roll(image, move, (0, 1)) for move in moves for image in sharp]
+    return max(utils.score(image[None], x) for image in moved)
+
+
+def filtered(y, sigma):
+    """Return BM3D's result of an image (C, H, W)."""
+    if len(y) == 1:
+        return bm3d.bm3d(y[0], sigma)[None]
+    return bm3d.bm3d_rgb(y.transpose(1, 2, 0), sigma).transpose(2, 0, 1)
+
+
+def measure(case, folder, extra):
+    """Return a case's values by COLUMNS, those that are there; extra: see scores."""
+    found = scores(case, folder, extra) or {}
+    file = folder / "classical.json"
+    if bm3d and extra is not None and not file.exists() and case.table != "levin":
+        utils.write_atomically(file, json.dumps(classical(case)).encode())
+    known = json.loads(file.read_text()) if file.exists() else None
+    return found | dict(zip(("classical", "SSIM, classical"), known or ()))
+
+
+def follow(file, words):
+    """Print how a recipe comes on at one observation; words: the flags of denoise.py."""
+    args = utils.parse_arguments("", denoise.DEFAULTS, recipes.RECIPES, words)
+    given, noise = np.load(file), white(args.sigma)
+    y, chosen = given["observation"], vars(args)
+    recipe = recipes.adapt(args.recipe, y, noise=noise, given=chosen, eight_bits=True)
+    learner = Self2Self(y, denoise.identity, None, recipe, args.seed, args.device)
     while learner.step < recipe.iteration:
         learner.train_step()
-    ensemble = learner.predict(args.num_prediction)
-    fused = learner.fuse(ensemble)
-    restored, predicted, correlation = ensemble.image, math.nan, math.nan
-    if fused:
-        restored, error = fused
-        true = (restored - clean) ** 2
-        predicted = float(error.mean() / true.mean())
-        correlation = float(np.corrcoef(error.ravel(), true.ravel())[0, 1])
-    seconds = time.perf_counter() - started
-    plain = utils.score(ensemble.image, clean)[0]
-    scores = *utils.score(restored, clean), seconds, not learner.notes
-    return [*scores, plain, predicted, correlation]
+        if learner.step % args.test_frequency == 0 or learner.step == recipe.iteration:
+            ensemble = learner.predict(args.num_prediction)
+            images = [ensemble.image, *(learner.fuse(ensemble) or ())[:1]]
+            psnr = [f"{utils.score(image, given['clean'])[0]:.2f}" for image in images]
+            print(f"seed {args.seed}, step {learner.step}: {', '.join(psnr)} dB")
 
 
-def denoise_classically(y, sigma):
-    """Results of non-local means and total variation, (C, H, W), over a parameter."""
-    y, s, axis = y.transpose(1, 2, 0), sigma / 255, -1
-    means = [
-        denoise_nl_means(y, 5, 9, h * s, sigma=s, fast_mode=True, channel_axis=axis)
-        for h in (0.5, 0.7, 0.9, 1.1)
-    ]
-    variation = [
-        denoise_tv_chambolle(y, w * s, channel_axis=axis) for w in (0.6, 0.9, 1.2, 1.6)
-    ]
-    results = {"non-local means": means, "total variation": variation}
-    return {
-        k: [np.moveaxis(x.reshape(y.shape), -1, 0) for x in v]
-        for k, v in results.items()
-    }
-
-
-def deblur_classically(y, psf):
-    """Results of Wiener's and Richardson-Lucy's methods, (C, H, W), over a parameter.
-
-    scikit-image's work on one plane, and not circularly: the image is wrapped around.
-    """
-    around = max(psf.shape)
-    wrapped = np.pad(y, ((0, 0), (around,) * 2, (around,) * 2), mode="wrap")
-
-    def planes(method):
-        done = np.stack([method(plane.astype(np.float64)) for plane in wrapped])
-        return done[:, around:-around, around:-around]
-
-    wieners = [
-        planes(lambda plane, b=balance: wiener(plane, psf, b, clip=False))
-        for balance in (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
-    ]
-    richardson = [
-        planes(lambda plane, n=n: richardson_lucy(np.clip(plane, 1e-4, 1), psf, n))
-        for n in (2, 4, 7, 12, 20, 35)
-    ]
-    return {"Wiener": wieners, "Richardson-Lucy": richardson}
-
-
-def classical(y, known, clean):
-    """Return each method's best PSNR and SSIM; known is the PSF, or the noise's sigma."""
-    by_method = (denoise_classically if np.isscalar(known) else deblur_classically)(
-        y, known
-    )
-    return {
-        name: max(utils.score(x, clean) for x in results)
-        for name, results in by_method.items()
-    }
+def print_table(table, rows):
+    """Print a table in Markdown; rows: name -> values by COLUMNS of its cases."""
+    print(f"\n{table}\n\n| | {' | '.join(COLUMNS)} | least lead | cases |")
+    print("|---" * (len(COLUMNS) + 3) + "|")
+    for name, cases in rows.items():
+        there = [case for case in cases if "you get" in case]
+        means = [[case[c] for case in there if c in case] for c in COLUMNS]
+        digits = [{"S": 3, "s": 0}.get(c[0], 2) for c in COLUMNS]
+        cells = [
+            f"{np.mean(m):.{n}f}" if m and len(m) == len(there) else ""
+            for m, n in zip(means, digits)
+        ]
+        leads = [
+            case["you get"] - case["classical"] for case in there if "classical" in case
+        ]
+        cells += [f"{min(leads):+.2f}" if leads else "", f"{len(there)}/{len(cases)}"]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def main():
     """Measure what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=SCRIPTS, default="denoise")
-    parser.add_argument("--images", help="folder; default: images of scikit-image")
-    parser.add_argument("--observation", help=".npz of one, and of its clean image")
-    parser.add_argument("--crop", type=int, default=128)
-    parser.add_argument("--sigmas", type=float, nargs="+", default=[25.0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--kernel", help="PSF file; default: the script's Gaussian")
-    parser.add_argument("--recipes", nargs="*", default=["fast"])
-    parser.add_argument("--steps", type=int, nargs="+", default=[0], help="0: recipe's")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", default="logs/quality.json")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--images", type=Path, help="folder of test sets")
+    given.add_argument("--observation", help=".npz of one, and of its clean image")
+    parser.add_argument("--tables", nargs="+", help="only these, or rows of this name")
+    parser.add_argument("--flags", default="", help="more flags for the scripts")
+    parser.add_argument("--each", action="store_true", help="a row for every picture")
+    parser.add_argument("--print", action="store_true", help="what is measured already")
+    parser.add_argument("--out", type=Path, default=Path("logs/quality"))
     args = parser.parse_args()
-    device = utils.choose_device(args.device)
-    out = Path(args.out)
-    scores = json.loads(out.read_text()) if out.exists() else {}
-    names = [args.images] if args.images else BUNDLED
-    files = [file for name in names for file in utils.find_images(name)]
     if args.observation:
-        given, files = np.load(args.observation), [Path(args.observation)]
-    operator, psf = denoise.identity, None
-    if args.task == "deblur":
-        psf = deblur.gaussian_psf(15, 1.0)
-        psf = deblur.read_psf(args.kernel) if args.kernel else psf
-        operator = deblur.CircularBlur(psf)
-    blur_name = (args.kernel or "Gaussian") if args.task == "deblur" else "-"
-
-    def measured(key, measure, *arguments):
-        """Measure what is not known yet, and keep it."""
-        key = "|".join(map(str, key))
-        if key not in scores:
-            scores[key] = measure(*arguments)
-            utils.write_atomically(out, json.dumps(scores, indent=0).encode())
-            print(key, scores[key])
-        return scores[key]
-
+        return follow(args.observation, shlex.split(args.flags))
+    made, extra = (args.out / "made").resolve(), shlex.split(args.flags)
+    made.mkdir(parents=True, exist_ok=True)
     tables = {}
-    cases = itertools.product(args.sigmas, args.seeds, files)
-    for sigma, seed, file in cases:
-        if args.observation:
-            y, clean = given["observation"], given["clean"]
-        else:
-            clean = utils.read_picture(file, args.crop).image
-            blurred = operator(torch.from_numpy(clean)[None])[0].numpy()
-            y = blurred + utils.gaussian_noise(clean.shape, sigma, seed)
-        case = (args.task, blur_name, sigma)
-        place = (*case, *utils.result_names(file), args.crop, seed, device.type)
-        rows = tables.setdefault(case, {})
-        values = [*utils.score(y, clean), 0.0, True]
-        values += [values[0], math.nan, math.nan]
-        rows.setdefault("observation", []).append(values)
-        for text, steps in itertools.product(args.recipes, args.steps):
-            args_of = settings(args.task, text, steps, seed, device, sigma, args.kernel)
-            recipe = choose(args.task, *args_of, y)
-            chosen = args_of[0]
-            values = measured(
-                (*place, chosen.num_prediction, dataclasses.astuple(recipe)),
-                *(learn, y, operator, clean, chosen, recipe),
-            )
-            rows.setdefault(f"{text}, {recipe.iteration} steps", []).append(values)
-
-        known = sigma if psf is None else psf
-        values = measured((*place, "classical"), classical, y, known, clean)
-        for name, (psnr, ssim) in values.items():
-            values = [psnr, ssim, 0.0, True, psnr, math.nan, math.nan]
-            rows.setdefault(name, []).append(values)
-
-    for case, rows in tables.items():
-        print(f"\n{case[0]}, PSF {case[1]}, sigma {case[2]:g}; {len(files)} images,")
-        print(f"{args.crop} crops, seeds {args.seeds}, {device}\n")
-        print(
-            "| method | PSNR, dB | SSIM | lowest | seeds' spread | seconds | died |",
-            end="",
+    for case in plan(args.images.resolve(), made):
+        if args.tables and not {case.table, case.row} & {*args.tables}:
+            continue
+        words = shlex.split(case.flags) + extra
+        name = "_".join([case.picture.stem, *(Path(word).name for word in words)])
+        values = measure(
+            case, args.out / case.table / name, None if args.print else extra
         )
-        print(" plain ensemble | least gain | predicted / true error | correlation |")
-        print("|---" * 11 + "|")
-        for name, values in rows.items():
-            values = np.array(values, float)
-            psnr, ssim, seconds, lived, plain, *error = values.mean(0)
-            gain = (values[:, 0] - values[:, 4]).min()
-            runs = values[:, 0].reshape(len(args.seeds), -1)  # seed, image
-            spread = runs.mean(1).std(ddof=1) if len(runs) > 1 else float("nan")
-            cells = f"{psnr:.2f}", f"{ssim:.4f}", f"{runs.min():.2f}", f"{spread:.2f}"
-            died = f"{(1 - lived) * len(values):.0f}"
-            cells += f"{seconds:.1f}", died, f"{plain:.2f}", f"{gain:+.2f}"
-            cells += tuple(f"{x:.2f}" for x in error)
-            print("|", " | ".join([name, *cells]), "|")
+        rows = tables.setdefault(case.table, {})
+        rows.setdefault(case.row, []).append(values)
+        if args.each:
+            rows.setdefault(f"{case.picture.stem}, {case.row}", []).append(values)
+    for table, rows in tables.items():
+        print_table(table, rows)
 
 
 if __name__ == "__main__":
