@@ -2,7 +2,8 @@
 
 From coarse to fine two steps alternate: a latent picture of few, strong edges (L0
 gradients: Xu, Lu, Xu, Jia 2011; Pan, Hu, Su, Yang 2014), which can not explain the blur, and
-the PSF that brings its gradients to the blurred picture's (Cho, Lee 2009).
+the PSF that brings its gradients to the blurred picture's (Cho, Lee 2009). At the end, once
+more at full size, less of the PSF is cut, and its thin tails are found.
 """
 
 import math
@@ -13,19 +14,16 @@ import scipy.ndimage
 
 from network.scale import find_scale
 
-SIDE = 768  # pixels: of a larger picture the part with the strongest edges is looked at
-ALTERNATIONS = 5  # of a scale
+SIDE = 512  # pixels: of a larger picture the part with the strongest edges is looked at
 # Weight of the number of gradients; from one alternation to the next it is divided.
 SPARSE, LESS, LEAST = 0.032, 1.1, 1e-4
-SECOND, ALIKE = (
-    0.012,
-    0.7,
-)  # for a second estimate, and how the two correlate: see doubt
+SECOND, ALIKE = 0.012, 0.7  # a second estimate's, and how the two correlate: see doubt
+# Alternations, and what is cut, see _normal: at every scale; at full size once more, from
+# an AGAIN-th of the weight on.
+ROUGH, FINE, AGAIN = (5, 0.05, 0.1), (30, 0.02, 0.02), 5
 RIDGE = 0.002  # weight of the PSF's squares, times the gradients' sum of squares
 STEPS = 150  # of FISTA (Beck, Teboulle 2009)
-SMALLEST = 0.05  # of the PSF's maximum: what is below is cut
 POINT, EDGE = 0.7, 0.02  # share of a PSF next to its centre, at its edge: see doubt
-ISLAND = 0.1  # of the PSF's sum: a connected part with less is cut
 
 
 def estimate_psf(y, size, sparse=SPARSE):
@@ -40,19 +38,19 @@ def estimate_psf(y, size, sparse=SPARSE):
         k, (size, size), float64, not below 0, of sum 1, its mass in the middle.
     """
     gray = _part(find_scale(y, np.ones((1, 1, 1))).to(y).mean(0))
-    count = 1 + max(0, math.ceil(2 * math.log2(size / 3)))
-    psf = None
-    for scale in reversed(range(count)):
+    n = 1 + max(0, math.ceil(2 * math.log2(size / 3)))  # scales
+    rounds = [(n - 1 - i, sparse / LESS ** (ROUGH[0] * i), ROUGH) for i in range(n)]
+    psf = point(3)
+    for scale, weight, (alternations, *cuts) in [*rounds, (0, sparse / AGAIN, FINE)]:
         factor = 2 ** (-scale / 2)
-        blurred = _resized(gray, [round(n * factor) for n in gray.shape])
+        blurred = _resized(gray, [round(length * factor) for length in gray.shape])
         side = min(max(3, math.ceil(size * factor) // 2 * 2 + 1), size)
-        psf = point(side) if psf is None else _normal(_resized(psf, (side, side)))
+        psf = _normal(_resized(psf, (side, side)), *cuts)
         periodic, inside = _periodic(blurred, side)
-        for _ in range(ALTERNATIONS):
-            latent = _sharpened(periodic, psf, sparse)
+        for i in range(alternations):
+            latent = _sharpened(periodic, psf, max(weight / LESS**i, LEAST))
             if np.ptp(latent) > 0:  # else nothing of it is strong enough to tell
-                psf = _normal(_fit(latent, periodic, inside, side))
-            sparse = max(sparse / LESS, LEAST)
+                psf = _normal(_fit(latent, periodic, inside, side), *cuts)
     return psf
 
 
@@ -61,15 +59,12 @@ def doubt(psf, second):
     down, right = np.indices(psf.shape) - np.reshape(psf.shape, (2, 1, 1)) // 2
     if psf[np.hypot(down, right) < 1.5].sum() > POINT:
         return "hardly any blur is found"
-    at_edge = psf.sum() - psf[1:-1, 1:-1].sum()
-    if at_edge > EDGE:
+    if psf.sum() - psf[1:-1, 1:-1].sum() > EDGE:
         return "the PSF fills its array; a larger --kernel_size may be better"
     size = [2 * n for n in psf.shape]
     both = scipy.fft.rfft2(psf, size) * scipy.fft.rfft2(second, size).conj()
-    alike = scipy.fft.irfft2(both, size).max() / np.sqrt(
-        (psf**2).sum() * (second**2).sum()
-    )
-    if alike < ALIKE:
+    alike = scipy.fft.irfft2(both, size).max()
+    if alike < ALIKE * np.sqrt((psf**2).sum() * (second**2).sum()):
         return "the PSF is uncertain: two estimates differ; kernel.png shows one"
     return "the PSF is estimated; kernel.png shows it"
 
@@ -142,17 +137,19 @@ def _sharpened(blurred, psf, sparse):
     """Return the latent picture: of few gradients, and blurred it is the blurred one.
 
     By half-quadratic splitting: gradients whose squares are below sparse / b are 0, the
-    picture has nearly those, and b is doubled.
+    picture has nearly those, and b is doubled. In float32, for speed.
     """
-    size, transfer = blurred.shape, _transfer(psf, blurred.shape)
-    differences = scipy.fft.rfft2(_gradients(_place(np.ones((1, 1)), size)))
+    size, blurred = blurred.shape, np.float32(blurred)
+    transfer = np.complex64(_transfer(psf, size))
+    differences = scipy.fft.rfft2(_gradients(np.float32(_place(np.ones((1, 1)), size))))
     power, smooth = np.abs(transfer) ** 2, (np.abs(differences) ** 2).sum(0)
     given = transfer.conj() * scipy.fft.rfft2(blurred)
     latent, b = blurred, 2 * sparse
     while b < 1e5:
         kept = _gradients(latent)
         kept[:, (kept**2).sum(0) < sparse / b] = 0
-        wanted = (differences.conj() * scipy.fft.rfft2(kept)).sum(0)
+        down, right = (np.roll(kept[axis], 1, axis) - kept[axis] for axis in (0, 1))
+        wanted = scipy.fft.rfft2(down + right)
         latent = scipy.fft.irfft2((given + b * wanted) / (power + b * smooth), size)
         b *= 2
     return latent
@@ -186,12 +183,15 @@ def _fit(latent, blurred, inside, side):
     return psf
 
 
-def _normal(psf):
-    """Cut a PSF's smallest part and its islands; centre it, and make its sum 1."""
-    psf = np.where(psf < SMALLEST * psf.max(), 0, psf)
+def _normal(psf, smallest, island):
+    """Cut a PSF; centre it, and make its sum 1.
+
+    What is cut is below a share of its maximum, or is a part with less of its sum.
+    """
+    psf = np.where(psf < smallest * psf.max(), 0, psf)
     labels, count = scipy.ndimage.label(psf, np.ones((3, 3)))
     sums = scipy.ndimage.sum_labels(psf, labels, np.arange(1, count + 1))
-    psf = psf * np.isin(labels, 1 + np.flatnonzero(sums >= ISLAND * psf.sum()))
+    psf = psf * np.isin(labels, 1 + np.flatnonzero(sums >= island * psf.sum()))
     if not psf.sum() > 0:
         return point(len(psf))
     centre = scipy.ndimage.center_of_mass(psf)

@@ -46,6 +46,21 @@ def test_a_known_psf_comes_back(psf):
     assert np.abs(centre - 7).max() < 1
 
 
+def test_a_thin_tail_is_found():
+    """As a shaking hand leaves it: far weaker than the place where it rested."""
+    psf = np.zeros((15, 15))
+    psf[9:12, 3:5] = 1
+    tail = np.arange(3, 9), np.arange(11, 5, -1)
+    psf[tail] = 0.2
+    found = estimate_psf(blurred(psf / psf.sum()), 17)
+    assert likeness(found, psf) > 0.9
+    fits = convolve2d(found, psf[::-1, ::-1])  # where it came to lie
+    moved = np.subtract(np.unravel_index(fits.argmax(), fits.shape), 14)
+    down, right = (np.array(tail) + moved.reshape(2, 1)).clip(0, 16)
+    share = psf[tail].sum() / psf.sum()
+    assert found[down, right].sum() > share / 3  # those pixels alone, not beside them
+
+
 def test_units_do_not_matter_and_the_same_comes_back():
     y = blurred(MOTION)
     y = y[:, 60:160, 60:160]
@@ -104,11 +119,12 @@ def test_small_parts_are_cut_and_the_rest_is_centred():
     psf[1:4, 2] = 1
     psf[7, 7] = 0.2  # an island
     psf[2, 3] = 0.01
-    made = estimation._normal(psf)
+    made = estimation._normal(psf, 0.05, 0.1)
     expected = np.zeros((9, 9))
     expected[3:6, 4] = 1 / 3
     np.testing.assert_allclose(made, expected)
-    np.testing.assert_array_equal(estimation._normal(np.zeros((5, 5))), point(5))
+    empty = estimation._normal(np.zeros((5, 5)), 0.05, 0.1)
+    np.testing.assert_array_equal(empty, point(5))
 
 
 def test_the_script_estimates_writes_and_resumes(capsys):
