@@ -24,7 +24,7 @@ MOTION /= MOTION.sum()
 
 def blurred(psf, sigma=1.0):
     """A photograph, blurred and cut to what the blur has seen, (1, H, W)."""
-    clean = skimage.data.camera()[60:316, 130:386] / 255
+    clean = skimage.data.camera()[60:236, 180:356] / 255
     y = convolve2d(clean, psf, mode="valid")
     return (y + np.random.default_rng(0).normal(0, sigma / 255, y.shape))[None]
 
