@@ -24,6 +24,7 @@ RISE = 1.05  # of the variance from a share to the next; more is texture
 KEPT, KEPT_ENERGY = 0.95, 0.7588  # the least squares, and their mean: of a Gaussian's 1
 ABOVE, BELOW = 0.1, 0.3  # share of a line that a bin may lie off it, to count half
 FLOOR = 0.02  # of the mean variance: a line may go through 0 where it is dark
+CLEANEST = 0.04  # variance of a channel, over the noisiest one's
 DARKEST = 0.005  # variance where a picture is darkest, over that where it is bright
 # Energy of the middle frequencies over the highest ones'. White noise has 1, noise blurred
 # by 0.6 pixels 4; texture adds some where there is hardly any noise.
@@ -116,6 +117,12 @@ def find_noise(y, known):
     """
     y = np.asarray(y, np.float64)
     known = np.broadcast_to(np.asarray(known) > 0, y.shape)
+    varying = [np.ptp(channel[at]) > 0 for channel, at in zip(y, known)]
+    if any(varying) and not all(varying):  # red and blue of a slide in green
+        noise = find_noise(y[varying], known[varying])
+        own = iter(noise.lines)
+        lines = (next(own) if varies else noise.lines[0] for varies in varying)
+        return noise._replace(lines=tuple(lines) if noise.lines else ())
     blocks = _whole_blocks(y, known)
     if blocks.shape[1] < LEAST:
         return Noise("unknown")
@@ -132,7 +139,10 @@ def find_noise(y, known):
         np.atleast_2d(np.corrcoef(scaled[..., HIGH].reshape(len(y), -1))), 1
     )
     lowest, *ends = np.quantile(levels, (0.001, 0.1, 0.9)).tolist()
-    lines = tuple(lowered(line, lowest, ends[1]) for line in lines)
+    lines, level = [lowered(line, lowest, ends[1]) for line in lines], sum(ends) / 2
+    # A channel with next to no noise, made even, would be all that counts.
+    least = CLEANEST * max(gain * level + offset for gain, offset in lines)
+    lines = tuple((gain, max(offset, least - gain * level)) for gain, offset in lines)
     ends = tuple(ends)
     growing = Noise("growing", lines, ends)
     dark, bright = map(growing.sigma, ends)
@@ -147,7 +157,7 @@ def find_noise(y, known):
         return growing
     # Of texture the highest frequencies have the least.
     share = min(highest, 1) if unknown else 1
-    means = (share * max(gain * sum(ends) / 2 + offset, 0) for gain, offset in lines)
+    means = (share * max(gain * level + offset, 0) for gain, offset in lines)
     even = tuple((0.0, mean) for mean in means)
     return Noise("none" if little else "unknown" if unknown else "white", even, ends)
 

@@ -191,6 +191,19 @@ def test_growing_noise_is_learnt_and_fused_where_it_is_even():
     assert abs(fused.mean() - y.mean()) < 0.01
 
 
+def test_a_channel_without_noise_does_not_decide():
+    clean = photograph(3)
+    y = clean + noise(clean.shape, 20)
+    y[2] = 0  # as of a slide in green
+    found = find_noise(y, ALL)
+    assert found.kind == "white" and len(found.lines) == 3
+    assert found.sigma() == pytest.approx(20, rel=0.05)
+    y[2] = np.rint(255 * clean[2]) / 255
+    recipe = recipes.adapt("fast", y)
+    assert recipe.noise > 2 and recipe.fuse  # else red and green are next to nothing
+    assert np.ptp(recipe.scale.to(y)[0]) > 0.1
+
+
 def test_a_recipe_follows_from_the_noise():
     clean, rng = photograph(), np.random.default_rng(0)
     grown = 0.02 * rng.poisson(clean / 0.02)
