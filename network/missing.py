@@ -64,9 +64,11 @@ def spread(residual, known):
     width = 0.7 / known.mean().sqrt().item()  # pixels; a Gaussian's
     reach = math.ceil(3 * width)
     profile = torch.exp(-((torch.arange(-reach, reach + 1) / width) ** 2) / 2)
-    window = (profile[:, None] * profile).to(residual)[None, None]
+    down, across = (profile.to(residual).view(1, 1, *s) for s in ((-1, 1), (1, -1)))
     total, weight = (
-        F.conv2d(x[:, None], window, padding=reach)[:, 0]
+        F.conv2d(
+            F.conv2d(x[:, None], down, padding=(reach, 0)), across, padding=(0, reach)
+        )[:, 0]
         for x in (residual * known, known)
     )
     return torch.where(known > 0, residual, total / weight.clamp(min=1e-6))

@@ -137,7 +137,8 @@ def _range(y, known, margin):
     low, high = _ends(entries)
     counts = _block_sums(known)
     sums = _block_sums(np.where(known, np.clip(y, low, high), 0))
-    low, high = _ends(sums[counts > 0] / counts[counts > 0])
+    whole = counts > 0  # a mask may leave no block any
+    low, high = _ends(sums[whole] / counts[whole] if whole.any() else entries)
     span = max((high - low) * (1 + 2 * margin), (most - least) / FARTHEST)
     # In a flat picture any unit will do.
     return float(low + high) / 2, float(span) or 1.0

@@ -96,6 +96,10 @@ def test_flat_pictures_and_single_points_have_a_range():
 def test_what_is_not_known_does_not_count():
     y, known = picture(), block_mask(1, 64, 64).numpy()
     assert find_scale(y, known) == find_scale(np.where(known, y, 99.0), known)
+    rest = np.zeros((1, 33, 33))
+    rest[..., 32] = 1  # beyond the last whole block
+    scaled = find_scale(y[:, :33, :33], rest).to(y[:, :33, 32:33])
+    assert 0 <= np.median(scaled) <= 1
 
 
 @pytest.mark.parametrize("bend", [0, 0.1])
