@@ -196,8 +196,8 @@ def choose_device(value):
         device = torch.device(value)
         if device.type == "cuda" and device.index and torch.cuda.is_available():
             torch.cuda.set_device(device)  # or GPU 0 gets a context of each process
-        torch.ones(1, device=device).add(1).item()  # a GPU may be there without kernels
         if device.type in ("cpu", "cuda", "mps"):
+            torch.ones(1, device=device).add(1).item()  # without kernels it fails
             return device
     except (AssertionError, RuntimeError, ValueError) as error:  # PyTorch has them all
         if auto:
@@ -211,7 +211,7 @@ def choose_device(value):
 
 COUNT = number(int, 1, "a whole number from 1")
 NATURAL = number(int, 0, "a whole number from 0")
-NOT_NEGATIVE = number(float, 0, "a number from 0")
+NOT_NEGATIVE = number(float, 0, "a number from 0 to 1e30", 1e30)  # squares are finite
 POSITIVE = number(float, 0, "a number above 0", include_low=False)
 RATE = number(float, 0, "a rate in [0, 1)", 1)
 SEED = number(int, 0, "a whole number from 0 to 2**32 - 1", 2**32)
@@ -247,7 +247,10 @@ OPTIONS = {
     "real_noise": (bool, "against a camera's noise: steps see the image drawn anew"),
     "seed": (SEED, "of noise, weights, masks and dropout"),
     "device": (choose_device, "auto, cpu, cuda, cuda:N or mps"),
-    "init": (text, "checkpoint.pt to begin with the weights of; previous: image's"),
+    "init": (
+        text,
+        "checkpoint.pt whose weights it begins with; previous: the last image's",
+    ),
     "resume": (bool, "go on from the checkpoint of an interrupted run"),
     "test_frequency": (COUNT, "steps between ensemble predictions"),
     "num_prediction": (COUNT, "predictions averaged; of a large picture fewer"),
@@ -291,7 +294,7 @@ def parse_arguments(description, defaults, recipes, argv=None):
             words += [f"--{key}" if default else f"--no-{key}"]
         elif default is not None:
             words += [f"--{key}={default}"]
-        shown = "" if default is None else f" (default: {default})"
+        shown = "" if default is None else f" (default: {default})".replace("%", "%%")
         how |= {"help": help_text + shown, "default": argparse.SUPPRESS}
         parser.add_argument(f"--{key}", **how)
     line = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
@@ -513,7 +516,9 @@ def read_pixels(path):
         Its pixels, (H, W, samples), in the file's own type; how many of the samples are
         colours, red, green and blue; the bits of a sample; arguments of the encoder.
     """
-    if not is_utf8(path):
+    if not is_utf8(
+        path.absolute()
+    ):  # the results' folder has the picture's folder's name
         raise InputError(f"{path}: a file name that is not UTF-8; rename it")
     suffix = (stack_of(path) or path).suffix.lower()
     try:
@@ -872,6 +877,7 @@ def score(image, clean):
 # --- drawing -------------------------------------------------------------------------
 
 PANEL = 1024  # pixels a side in comparison.png, at most
+TALL = 4  # a picture's height over its width, at most
 TAIL = 0.001  # share of the pixels beyond its black, and its white, if not of 8 bits
 BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes with an image alone
 COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr", "seconds")
@@ -911,7 +917,7 @@ def comparison(panels, ends):
     """
     _, height, width = panels[0][1].shape
     every = math.ceil(max(height, width) / PANEL)
-    size = len(panels) * 4, 4 * height / width + 0.4
+    size = len(panels) * 4, 4 * min(height / width, TALL) + 0.4
     figure = new_figure(size, max(320, width // every) / 4)
     edges = {"left": 0, "right": 1, "bottom": 0, "top": 1 - 0.4 / size[1]}
     row = figure.subplots(
@@ -929,7 +935,7 @@ def uncertainty(deviation):
     """Draw the predictions' standard deviation (H, W), in a file's numbers, as a PNG."""
     height, width = deviation.shape
     every = math.ceil(max(height, width) / PANEL)
-    figure = new_figure((6, max(5 * height / width, 4)), 160)
+    figure = new_figure((6, max(5 * min(height / width, TALL), 4)), 160)
     edges = {"left": 0.02, "right": 0.88, "bottom": 0.03, "top": 0.97}
     axes, scale = figure.subplots(
         1, 2, width_ratios=(30, 1), gridspec_kw=edges | {"wspace": 0.05}
@@ -946,7 +952,7 @@ def psf_shown(psf):
     figure = new_figure((4, 4), 120)
     edges = {"left": 0.12, "right": 0.97, "bottom": 0.12, "top": 0.97}
     axes = figure.subplots(gridspec_kw=edges)
-    (top, left), (h, w) = ((n - 1) // 2 for n in psf.shape), psf.shape
+    (top, left), (h, w) = (n // 2 for n in psf.shape), psf.shape
     sides = (-left - 0.5, w - left - 0.5, h - top - 0.5, -top - 0.5)
     axes.imshow(psf, cmap="gray", vmin=0, extent=sides, interpolation="nearest")
     axes.set(xlabel="pixels")
@@ -961,7 +967,9 @@ def curves(records):
         for record in records:
             points = [(row[0], row[column]) for row in record["rows"]]
             if points and points[0][1] is not None:
-                axes[column - 1].plot(*zip(*points), marker=".", label=record["name"])
+                # Of "$" Matplotlib makes formulas; "_" it leaves out at the beginning.
+                name = " " + record["name"].replace("$", r"\$")
+                axes[column - 1].plot(*zip(*points), marker=".", label=name)
         axes[column - 1].set(xlabel="step", ylabel=title)
         axes[column - 1].grid(alpha=0.3)
     if 0 < len(axes[0].lines) <= 12:
@@ -971,9 +979,10 @@ def curves(records):
 
 # --- one image -----------------------------------------------------------------------
 
+RESULTS = ["error.mat", "Self2Self-*.png", "restored.*", "comparison.png"]
+RESULTS += ["uncertainty.png"]
 OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.*", "checkpoint*.pt"]
-OWN_FILES += ["error.mat", "Self2Self-*.png", "restored.*", "comparison.png"]
-OWN_FILES += ["uncertainty.png"]
+OWN_FILES += RESULTS
 CHECKPOINT_FORMAT = 7
 SAVE_EVERY = 60  # seconds between two checkpoints, or more where saving is slow
 SAVING = 20  # times the seconds that the last one took
@@ -1254,11 +1263,9 @@ class Result:
         if len(learner.notes) > len(self.notes):  # the tests of a dead network go
             self.notes = learner.notes.copy()
             self.rows.clear()
-            for file in (
-                *self.folder.glob("Self2Self-*.png"),
-                self.folder / "error.mat",
-            ):
-                file.unlink(missing_ok=True)
+            for pattern in RESULTS:
+                for file in self.folder.glob(pattern):
+                    file.unlink()
             self._write_record()
             tqdm.write(f"{self.name}: {self.notes[-1]}")
         late = time.perf_counter() - self.saved_at
@@ -1410,7 +1417,7 @@ class Run:
     def _check(self):
         """Raise InputError where a file would be written in another's place."""
         args, log = self.args, self.log
-        if log.suffix in (".csv", ".png"):
+        if not log.name or log.suffix in (".csv", ".png"):
             raise InputError(f"--log_path {log}: a text file, such as log.txt")
         if self.world > 1 and args.init == "previous":
             raise InputError("--init previous goes with one process, not with several")
@@ -1420,7 +1427,7 @@ class Run:
         inputs += [args.reference, args.mask, getattr(args, "kernel", None)]
         inputs += [None if args.init == "previous" else args.init]
         inputs = {Path(file).resolve() for file in inputs if file}
-        logs = [log, log.with_suffix(".csv"), log.with_suffix(".png")]
+        logs = [log, log.with_suffix(".csv"), log.with_suffix(".png"), self._totals()]
         for path in logs:
             if path.is_dir() or path.resolve() in inputs:
                 raise InputError(f"--log_path: {path} is a folder or an input")
@@ -1429,8 +1436,13 @@ class Run:
             raise InputError(f"--log_path: {there[0]} is no log of ours; name another")
         for folder in (log.parent, *map(self._folder, self.files)):
             there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+            if there.resolve() in inputs:
+                raise InputError(f"{there}: its results would lie within; move it")
             if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
                 raise InputError(f"{there}: make it a folder that can be written to")
+
+    def _totals(self):
+        return self.log.with_name(f"{self.log.stem}-summary.csv")
 
     def _folder(self, path):
         return results_folder(path, self.args.model_type, self.settings[1])
@@ -1540,16 +1552,23 @@ class Run:
         scored = [row[2:5] for row in table if row[3] is not None]
         means = np.mean(scored, 0).tolist() if scored else [None] * 3
         table = [SUMMARY, *table, ("average", f"of {len(table)}", *means, None, None)]
-        totals = self.log.with_name(f"{self.log.stem}-summary.csv")
-        write_atomically(totals, csv_text(table))
+        write_atomically(self._totals(), csv_text(table))
         return table
 
     def _join_stacks(self):
         """Join the restored planes of every stack all of whose planes are finished."""
-        finished = {path for path, r in self._records().items() if r["finished"]}
+        finished = {path: r for path, r in self._records().items() if r["finished"]}
         for stack in dict.fromkeys(filter(None, map(stack_of, self.files))):
             own = [file for file in self.files if stack_of(file) == stack]
-            if finished.issuperset(own):
-                path = self._folder(stack) / f"restored{stack.suffix.lower()}"
-                join_planes(path, stack, [self._folder(p) / path.name for p in own])
-                print(path)
+            if all(file in finished for file in own):
+                folder, name = self._folder(stack), f"restored{stack.suffix.lower()}"
+                record = {"made_from": [finished[file]["made_from"] for file in own]}
+                record |= {"iteration": max(finished[f]["iteration"] for f in own)}
+                record |= {"rows": [], "finished": True, "written": time.time()}
+                earlier = read_record(folder) or {}
+                if any(earlier.get(k) != record[k] for k in ("made_from", "iteration")):
+                    make_room(folder, record["made_from"], record["iteration"])
+                restored = [self._folder(file) / name for file in own]
+                join_planes(folder / name, stack, restored)
+                write_atomically(folder / "record.json", json.dumps(record).encode())
+                print(folder / name)

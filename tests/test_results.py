@@ -17,6 +17,8 @@ import tifffile
 from PIL import Image, ImageCms
 from scripts import QUICK, RNG, ROOT, SCRIPTS, files, run, without_seconds, write
 
+import utils
+
 
 @pytest.mark.parametrize("task", SCRIPTS)
 def test_shell_script_from_another_folder(task, folder):
@@ -247,10 +249,22 @@ def test_nothing_is_set_aside_where_a_killed_run_left_nothing():
     assert [f.name for f in results.parent.iterdir()] == [results.name]
 
 
+@pytest.mark.filterwarnings("error")
+def test_any_name_and_shape_can_be_drawn():
+    for name in ("in/cost$1_$2.png", "_in/a.png"):
+        assert utils.curves([{"name": name, "rows": [(1, 0.1, 20.0)] * 2}])
+    strip = np.zeros((20_000, 64))
+    for drawn in (
+        utils.uncertainty(strip),
+        utils.comparison([("observation", strip[None], None)] * 2, (0, 1)),
+    ):
+        assert max(cv2.imdecode(np.frombuffer(drawn, np.uint8), 1).shape) < 6000
+
+
 def test_a_log_of_another_kind_is_kept(capsys):
     write("in/a.png")
     Path("logs/denoise").mkdir(parents=True)
-    for name in ("log.txt", "log.csv"):
+    for name in ("log.txt", "log.csv", "log-summary.csv"):
         Path("logs/denoise", name).write_bytes(b"\xff")
         before = files()
         assert run("denoise", "--path in/a.png --resume") == 2
