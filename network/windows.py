@@ -5,7 +5,7 @@ import torch
 
 GRID = 32  # pixels: five poolings; tiles that lie on it pool as the whole picture does
 TILE = 768  # side of a tile, pixels: bounds the memory that a prediction takes
-# What a tile sees around what it is used for: the network's receptive field.
+# What a tile sees around what it is used for: beyond it hardly anything counts.
 MARGIN = 128
 
 

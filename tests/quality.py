@@ -158,8 +158,11 @@ def scores(case, folder, extra):
 
     It is a dictionary by COLUMNS. The script is run unless `extra`, more flags, is None.
     """
-    records = [*map(utils.read_record, (f.parent for f in folder.rglob("record.json")))]
-    if not any(record and record["finished"] for record in records):
+    records = map(
+        utils.read_record, (file.parent for file in folder.rglob("record.json"))
+    )
+    record = next((r for r in records if r and r["finished"]), None)
+    if record is None:
         if extra is None:
             return None
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +171,6 @@ def scores(case, folder, extra):
         command = [sys.executable, ROOT / f"{case.script}.py", *words]
         subprocess.run([*map(str, command)], cwd=folder, check=True)
         return scores(case, folder, None)
-    record = next(record for record in records if record["finished"])
     _, _, psnr, ssim, network, seconds = record["rows"][-1]
     found = {"observation": record["observation"][0], "network": network}
     found |= {"you get": psnr, "SSIM": ssim, "seconds": seconds}
@@ -179,7 +181,7 @@ def scores(case, folder, extra):
     return found
 
 
-def best_shift(image, clean, reach=4):
+def best_shift(image, clean):
     """Return the PSNR at the best shift by half pixels, 20 pixels of edge left out."""
     inner, best = (slice(20, -20),) * 2, (0.0, 0.0)
 
@@ -187,20 +189,20 @@ def best_shift(image, clean, reach=4):
         moved = scipy.ndimage.shift(image, shift, order=3, mode="nearest")
         return -10 * math.log10(((moved - clean)[inner] ** 2).mean())
 
-    for offsets in (range(-reach, reach + 1), (-0.5, 0, 0.5)):
+    for offsets in (range(-4, 5), (-0.5, 0, 0.5)):
         around = [(best[0] + i, best[1] + j) for i in offsets for j in offsets]
         best = max(around, key=psnr)
     return psnr(best)
 
 
-def classical(case):
+def classical(case, extra):
     """Return PSNR and SSIM of BM3D, or of biharmonic inpainting; None: of neither.
 
     BM3D is told the noise's sigma, or what the program finds, which is made even for it
     where it grows. Deblurring, it is the best of shifts by a pixel and of both
     orientations of the PSF, which its conventions leave open.
     """
-    words = ["--path", str(case.picture), *shlex.split(case.flags)]
+    words = ["--path", str(case.picture), *shlex.split(case.flags), *extra]
     script = SCRIPTS[case.script]
     args = utils.parse_arguments("", script.DEFAULTS, recipes.RECIPES, words)
     x = utils.read_picture(case.picture, args.crop).image
@@ -240,8 +242,9 @@ def measure(case, folder, extra):
     """Return a case's values by COLUMNS, those that are there; extra: see scores."""
     found = scores(case, folder, extra) or {}
     file = folder / "classical.json"
-    if bm3d and extra is not None and not file.exists() and case.table != "levin":
-        utils.write_atomically(file, json.dumps(classical(case)).encode())
+    wanted = case.table == "missing" or (bm3d and case.table != "levin")
+    if wanted and extra is not None and not file.exists():
+        utils.write_atomically(file, json.dumps(classical(case, extra)).encode())
     known = json.loads(file.read_text()) if file.exists() else None
     return found | dict(zip(("classical", "SSIM, classical"), known or ()))
 
