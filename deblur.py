@@ -123,9 +123,9 @@ class CircularBlur:
     Args:
         psf: k, (h, w).
 
-    `reach` is how many pixels around an entry it looks at. `margin`, pixels above,
-    below; left, right, is how many it looks beyond what it is known of: elsewhere it is
-    what scipy.signal.convolve2d computes with mode="valid".
+    `reach` is how many pixels around an entry it looks at. `margin` is that by side, (above,
+    below), (left, right): without those entries the result is what
+    scipy.signal.convolve2d computes with mode="valid".
     """
 
     def __init__(self, psf):

@@ -216,8 +216,8 @@ POSITIVE = number(float, 0, "a number above 0", include_low=False)
 RATE = number(float, 0, "a rate in [0, 1)", 1)
 SEED = number(int, 0, "a whole number from 0 to 2**32 - 1", 2**32)
 SIDE = number(int, 1, "a whole number from 1 to 4096", 4097)
-WIDTH = number(float, 1e-3, "a number from 0.001")
-SHARE = number(float, 0, "a share above 0, up to 1", math.nextafter(1, 2), False)
+PSF_SIGMA = number(float, 1e-3, "a number from 0.001")
+WIDTH = number(float, 0, "a share above 0, up to 1", math.nextafter(1, 2), False)
 
 # Options of either script: type or choices, help. Default values stand in the scripts;
 # where they are None the recipe or the picture decides.
@@ -231,14 +231,14 @@ OPTIONS = {
     "mask": (text, "image file, 0 where a pixel is missing"),
     "missing": (RATE, "share of the pixels to hide, from the seed, to score them"),
     "kernel_size": (SIDE, "side of the PSF, pixels (Gaussian 15, estimated 31)"),
-    "kernel_sigma": (WIDTH, "standard deviation of the Gaussian PSF, pixels (1.0)"),
+    "kernel_sigma": (PSF_SIGMA, "standard deviation of the Gaussian PSF, pixels (1.0)"),
     "kernel": (text, "file of the PSF (.mat, .npy, image); estimate: it is found"),
     "boundary": (("wrap", "valid"), "wrap: a circular blur; valid: a camera's"),
     "recipe": (None, "fast: 500 steps; paper: as published, 150,000"),
     "drop_rate": (RATE, "p of the Bernoulli mask and of the decoder's dropout"),
     "iteration": (COUNT, "training steps"),
     "lr": (POSITIVE, "learning rate"),
-    "width": (SHARE, "share of the paper's channels in the layers that take most time"),
+    "width": (WIDTH, "share of the paper's channels in the layers that take most time"),
     "optimizer": (("adam", "adamw", "muon"), "adamw has PyTorch's weight decay, 0.01"),
     "window": (NATURAL, "side of the training's windows, pixels; 0: the whole picture"),
     "precision": (("auto", "float32", "bfloat16"), "of feature maps"),
@@ -984,8 +984,8 @@ RESULTS += ["uncertainty.png"]
 OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.*", "checkpoint*.pt"]
 OWN_FILES += RESULTS
 CHECKPOINT_FORMAT = 7
-SAVE_EVERY = 60  # seconds between two checkpoints, or more where saving is slow
-SAVING = 20  # times the seconds that the last one took
+# Seconds between two checkpoints; where saving is slow, so many times what the last one took.
+SAVE_EVERY, SAVING = 60, 20
 SPEAK_EVERY = 60  # seconds between two lines on stderr where it is no terminal
 
 
@@ -1076,7 +1076,7 @@ class Result:
                 f"{path}: {other.uncropped}, but {self.path} is {picture.uncropped}"
             )
 
-    def begin(self, learner, observation, noise, kernel=None, **simulated):
+    def begin(self, learner, observation, noise, psf=None, **simulated):
         """Make the folder ready, and write the observation and what it was made of.
 
         Earlier results of the same picture and settings are replaced, others set aside.
@@ -1086,17 +1086,17 @@ class Result:
             learner: the network.Self2Self of the observation.
             observation: y, (C, H, W), not clipped, with its margin.
             noise: what noise it has, a network.noise.Noise.
-            kernel: the PSF (h, w), or None.
+            psf: the PSF (h, w), or None.
             simulated: n, the noise, and blurred, of y's shape, that an --observed image has not.
         """
-        if learner.recipe.fuse and learner.recipe.noise is None and kernel is None:
+        if learner.recipe.fuse and learner.recipe.noise is None and psf is None:
             raise InputError(
                 f"{self.path}: its noise is {noise.describe()}: to fuse, --noise_sigma "
                 "says how strong it is"
             )
         self.observation = observation = np.ascontiguousarray(observation[self.place])
         # Without noise and blur what is known is the result.
-        self.noiseless = noise.kind == "none" and kernel is None
+        self.noiseless = noise.kind == "none" and psf is None
         self.iteration = learner.recipe.iteration
         self.scores = None if self.clean is None else score(observation, self.clean)
         self._describe(learner, noise)
@@ -1118,9 +1118,9 @@ class Result:
         self.begun = True
         self._write_record()
         self.picture.save(self.folder / "noisy.png", observation)
-        if kernel is not None:
-            save_mat(self.folder / "kernel.mat", "kernel", kernel)
-            write_atomically(self.folder / "kernel.png", psf_shown(kernel))
+        if psf is not None:
+            save_mat(self.folder / "kernel.mat", "kernel", psf)
+            write_atomically(self.folder / "kernel.png", psf_shown(psf))
         if not self.args.observed:
             save_mat(self.folder / "noise.mat", "noise", simulated["n"][self.place])
         if not self.args.observed and "blurred" in simulated:

@@ -6,7 +6,7 @@ import torch
 
 CHECK_EVERY = 100  # steps between two looks
 EARLY = 1000  # steps within which a network that died is started over
-ATTEMPTS = 4  # times
+ATTEMPTS = 4  # how often it is started over, at most
 SETTLED = 0.95  # decay of the loss's running mean: over about 20 steps
 
 

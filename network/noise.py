@@ -17,7 +17,7 @@ BLOCKS, LEAST = 2**16, 60  # how many are looked at, about; how many are needed
 ORDER = np.add.outer(np.arange(SIDE), np.arange(SIDE)).ravel()  # of frequencies, u + v
 LOW, MIDDLE = (ORDER >= 1) & (ORDER <= 3), (ORDER >= 4) & (ORDER <= 6)
 HIGH, HIGHEST = ORDER >= 7, ORDER >= 9
-FEW = 0.05  # share of a block that may be clipped, where all blocks are
+FEW = 0.05  # share of a block's entries that may be clipped
 BINS = 10  # of levels, with as many blocks each
 SHARES = 0.02, 0.04, 0.08, 0.16, 0.32  # of a bin's blocks, the flattest
 RISE = 1.05  # of the variance from a share to the next; more is texture

@@ -1,7 +1,7 @@
 """The PSF of a blurred picture, estimated from the picture alone.
 
 From coarse to fine two steps alternate: a latent picture of few, strong edges (L0
-gradients: Xu, Lu, Xu, Jia 2011; Pan, Hu, Su, Yang 2014), which can not explain the blur, and
+gradients: Xu, Lu, Xu, Jia 2011; Pan, Hu, Su, Yang 2014), which cannot explain the blur, and
 the PSF that brings its gradients to the blurred picture's (Cho, Lee 2009). At the end, once
 more at full size, less of the PSF is cut, and its thin tails are found.
 """
