@@ -129,7 +129,7 @@ class CircularBlur:
     """
 
     def __init__(self, psf):
-        self.psf = psf
+        self.psf = np.array(psf, order="C")  # of turned ones PyTorch wants a copy
         self.copies = {}  # of a device and a type: what a captured step reads stays there
         self.reach = max(psf.shape) // 2
         self.margin = [((s - 1) // 2, s // 2) for s in psf.shape]
