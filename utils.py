@@ -247,10 +247,7 @@ OPTIONS = {
     "real_noise": (bool, "against a camera's noise: steps see the image drawn anew"),
     "seed": (SEED, "of noise, weights, masks and dropout"),
     "device": (choose_device, "auto, cpu, cuda, cuda:N or mps"),
-    "init": (
-        text,
-        "checkpoint.pt whose weights it begins with; previous: the last image's",
-    ),
+    "init": (text, "checkpoint.pt with weights to begin with; previous: last image's"),
     "resume": (bool, "go on from the checkpoint of an interrupted run"),
     "test_frequency": (COUNT, "steps between ensemble predictions"),
     "num_prediction": (COUNT, "predictions averaged; of a large picture fewer"),
@@ -516,9 +513,7 @@ def read_pixels(path):
         Its pixels, (H, W, samples), in the file's own type; how many of the samples are
         colours, red, green and blue; the bits of a sample; arguments of the encoder.
     """
-    if not is_utf8(
-        path.absolute()
-    ):  # the results' folder has the picture's folder's name
+    if not is_utf8(path.absolute()):  # the results' folders are named by all of it
         raise InputError(f"{path}: a file name that is not UTF-8; rename it")
     suffix = (stack_of(path) or path).suffix.lower()
     try:
