@@ -16,8 +16,8 @@ from network import noise, recipes
 from network.psf import SECOND, doubt, estimate_psf, point
 
 LARGEST_PSF = 4096  # side, pixels; as --kernel_size
-# What an estimated PSF is wrong by is like noise of at least this sigma, where 255 is the
-# picture's range: with less the result rings.
+# What a PSF is wrong by, estimated or measured, is like noise of at least this sigma, where
+# 255 is the picture's range: with less the result rings.
 PSF_ERROR = 2.0
 
 DEFAULTS = {
@@ -194,7 +194,7 @@ def choose(args, y, result):
     seen, known = y[result.place], result.known[result.place]
     found = noise.noise_of(seen, known, sigma, args.real_noise)
     least, taken = PSF_ERROR * np.ptp(seen), found
-    if args.kernel == "estimate" and sigma is None and (found.sigma() or least) < least:
+    if sigma is None and (found.sigma() or least) < least:  # and nobody says otherwise
         taken = noise.white(least)
     recipe = recipes.adapt(
         args.recipe,

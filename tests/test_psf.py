@@ -142,9 +142,14 @@ def test_the_script_estimates_writes_and_resumes(capsys):
     restored = (results() / "restored.png").read_bytes()
     assert run("deblur", f"{flags} --resume") == 0
     assert (results() / "restored.png").read_bytes() == restored
-    clean = photograph()  # nor is a found PSF taken for exact
-    recipe, noise = chosen("--observed --kernel estimate", "deblur", clean)
-    assert recipe.fuse and recipe.noise > 1.5 > noise.sigma()
+
+
+def test_no_psf_is_taken_for_exact():
+    for flags in ("", "--kernel estimate", "--kernel_sigma 2"):
+        recipe, noise = chosen(f"--observed {flags}", "deblur", photograph())
+        assert recipe.fuse and recipe.noise > 1.5 > noise.sigma()
+    told, _ = chosen("--observed --noise_sigma 0.5", "deblur", photograph())
+    assert told.noise < 1
 
 
 @pytest.mark.parametrize(
