@@ -16,9 +16,9 @@ from network import noise, recipes
 from network.psf import SECOND, doubt, estimate_psf, point
 
 LARGEST_PSF = 4096  # side, pixels; as --kernel_size
-# What a PSF is wrong by, estimated or measured, is like noise of at least this sigma, where
-# 255 is the picture's range: with less the result rings.
-PSF_ERROR = 2.0
+# What a PSF is wrong by is like noise of at least this sigma, where 255 is the picture's
+# range: with less the result rings. Of a measured PSF, and of an estimated one.
+MEASURED_ERROR, ESTIMATED_ERROR = 2.0, 2.8
 
 DEFAULTS = {
     # What to restore
@@ -193,7 +193,8 @@ def choose(args, y, result):
     sigma = args.noise_sigma if args.observed else args.sigma
     seen, known = y[result.place], result.known[result.place]
     found = noise.noise_of(seen, known, sigma, args.real_noise)
-    least, taken = PSF_ERROR * np.ptp(seen), found
+    error = ESTIMATED_ERROR if args.kernel == "estimate" else MEASURED_ERROR
+    least, taken = error * np.ptp(seen), found
     if sigma is None and (found.sigma() or least) < least:  # and nobody says otherwise
         taken = noise.white(least)
     recipe = recipes.adapt(
