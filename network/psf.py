@@ -23,7 +23,8 @@ SECOND, ALIKE = 0.012, 0.7  # a second estimate's, and how the two correlate: se
 ROUGH, FINE, AGAIN = (5, 0.05, 0.1), (30, 0.02, 0.02), 5
 RIDGE = 0.002  # weight of the PSF's squares, times the gradients' sum of squares
 STEPS = 150  # of FISTA (Beck, Teboulle 2009)
-POINT, EDGE = 0.7, 0.02  # share of a PSF next to its centre, at its edge: see doubt
+POINT = 1 / 3  # share of a PSF at its centre from which there is hardly any blur
+EDGE = 0.02  # share of a PSF at its edge: see doubt
 
 
 def estimate_psf(y, size, sparse=SPARSE):
@@ -35,7 +36,7 @@ def estimate_psf(y, size, sparse=SPARSE):
         sparse: weight of the number of gradients, to begin with.
 
     Returns:
-        k, (size, size), float64, not below 0, of sum 1, its mass in the middle.
+        k, (size, size), not below 0, of sum 1, centred; a point for half a pixel or less.
     """
     gray = _part(find_scale(y, np.ones((1, 1, 1))).to(y).mean(0))
     n = 1 + max(0, math.ceil(2 * math.log2(size / 3)))  # scales
@@ -51,14 +52,13 @@ def estimate_psf(y, size, sparse=SPARSE):
             latent = _sharpened(periodic, psf, max(weight / LESS**i, LEAST))
             if np.ptp(latent) > 0:  # else nothing of it is strong enough to tell
                 psf = _normal(_fit(latent, periodic, inside, side), *cuts)
-    return psf
+    return point(size) if psf[size // 2, size // 2] > POINT else psf
 
 
 def doubt(psf, second):
     """Say what to think of an estimated PSF (h, w); another weight hardly changes a sure one."""
-    down, right = np.indices(psf.shape) - np.reshape(psf.shape, (2, 1, 1)) // 2
-    if psf[np.hypot(down, right) < 1.5].sum() > POINT:
-        return "hardly any blur is found"
+    if psf.max() == 1:
+        return "hardly any blur is found; nothing is deblurred"
     if psf.sum() - psf[1:-1, 1:-1].sum() > EDGE:
         return "the PSF fills its array; a larger --kernel_size may be better"
     size = [2 * n for n in psf.shape]
