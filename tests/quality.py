@@ -53,6 +53,14 @@ COLUMNS = (
     "SSIM",
     "seconds",
 )
+# Noise of the pictures that are observed: its standard deviation, or how many photons a
+# pixel of 1 has.
+SPOILED = {
+    "white, sigma 5": (5, 0),
+    "white, sigma 10": (10, 0),
+    "30 photons": (0, 30),
+    "120 photons": (0, 120),
+}
 
 
 class Case(NamedTuple):
@@ -115,16 +123,6 @@ def plan(sets, made):
         for row, kernel in (("PSF estimated", "estimate"), ("true PSF", file)):
             flags = f"--observed --kernel {shlex.quote(str(kernel))}"
             yield Case("levin", row, "deblur", picture, flags, clean)
-
-
-# Noise of the pictures that are observed: its standard deviation, or how many photons a
-# pixel of 1 has.
-SPOILED = {
-    "white, sigma 5": (5, 0),
-    "white, sigma 10": (10, 0),
-    "30 photons": (0, 30),
-    "120 photons": (0, 120),
-}
 
 
 def gray_pictures(sets, names, made):
