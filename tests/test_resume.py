@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -131,6 +132,9 @@ def test_a_signal_ends_the_run_in_a_line(number, status, monkeypatch, capsys):
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(network.Self2Self, "train_step", train_step)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # else ignored behind a "&"
     assert run("denoise", "--path in/a.png --recipe paper") == status
     err = capsys.readouterr().err
     assert "interrupted; --resume goes on" in err and err.count("\n") == 1
