@@ -211,7 +211,14 @@ def choose(args, y, result):
 
 
 def estimate(result, x, size):
-    """Return the PSF (size, size) of an observed picture x (C, H, W), and say how sure."""
+    """Return the PSF (size, size) of an observed picture x (C, H, W), and say how sure.
+
+    With --resume it is the one that was found in the same picture, where there is one.
+    """
+    found = result.folder / "kernel.mat"
+    record = result.args.resume and found.exists() and utils.read_record(result.folder)
+    if record and record["made_from"].get("image or noise") == utils.digest([x]):
+        return scipy.io.loadmat(found)["kernel"]
     if 2 * size > min(x.shape[1:]) or np.ptp(x) == 0:
         raise utils.InputError(
             f"{result.path}: flat, or not twice as large as a PSF of {size}x{size} "

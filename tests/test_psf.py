@@ -130,7 +130,7 @@ def test_small_parts_are_cut_and_the_rest_is_centred():
     np.testing.assert_array_equal(empty, point(5))
 
 
-def test_the_script_estimates_writes_and_resumes(capsys):
+def test_the_script_estimates_writes_and_resumes(capsys, monkeypatch):
     Path("in").mkdir()
     pixels = np.rint(255 * blurred(MOTION)[0, 60:160, 60:160].clip(0, 1))
     cv2.imwrite("in/a.png", pixels)
@@ -143,8 +143,13 @@ def test_the_script_estimates_writes_and_resumes(capsys):
     assert psf.shape == (13, 13) and psf.sum() == pytest.approx(1)
     assert cv2.imread(str(results() / "kernel.png")) is not None
     restored = (results() / "restored.png").read_bytes()
-    assert run("deblur", f"{flags} --resume") == 0
+    with monkeypatch.context() as patch:  # what is found is not looked for again
+        patch.setattr("deblur.estimate_psf", None)
+        assert run("deblur", f"{flags} --resume") == 0
     assert (results() / "restored.png").read_bytes() == restored
+    cv2.imwrite("in/a.png", pixels[::-1])
+    assert run("deblur", f"{flags} --resume") == 2  # of another picture it is
+    assert "another image" in capsys.readouterr().err
 
 
 def test_no_psf_is_taken_for_exact():
