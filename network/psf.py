@@ -2,8 +2,9 @@
 
 From coarse to fine two steps alternate: a latent picture of few, strong edges (L0
 gradients: Xu, Lu, Xu, Jia 2011; Pan, Hu, Su, Yang 2014), which cannot explain the blur, and
-the PSF that brings its gradients to the blurred picture's (Cho, Lee 2009). At the end, once
-more at full size, less of the PSF is cut, and its thin tails are found.
+the PSF that brings its gradients to the blurred picture's (Cho, Lee 2009). Scales at which
+blur and noise have left nothing are not gone to. At the last scale, once more, less of the
+PSF is cut, and its thin tails are found.
 """
 
 import math
@@ -18,12 +19,13 @@ SIDE = 512  # pixels: of a larger picture the part with the strongest edges is l
 # Weight of the number of gradients; from one alternation to the next it is divided.
 SPARSE, LESS, LEAST = 0.032, 1.1, 1e-4
 SECOND, ALIKE = 0.012, 0.7  # a second estimate's, and how the two correlate: see doubt
-# Alternations, and what is cut, see _normal: at every scale; at full size once more, from
+# Alternations, and what is cut, see _normal: at every scale; at the last once more, from
 # an AGAIN-th of the weight on.
 ROUGH, FINE, AGAIN = (5, 0.05, 0.1), (30, 0.02, 0.02), 5
 RIDGE = 0.002  # weight of the PSF's squares, times the gradients' sum of squares
 STEPS = 150  # of FISTA (Beck, Teboulle 2009)
 POINT = 1 / 3  # share of a PSF at its centre from which there is hardly any blur
+DETAIL = 1.3  # times the energy of noise, from which there is detail
 EDGE = 0.02  # share of a PSF at its edge: see doubt
 
 
@@ -39,10 +41,11 @@ def estimate_psf(y, size, sparse=SPARSE):
         k, (size, size), not below 0, of sum 1, centred; a point for half a pixel or less.
     """
     gray = _part(find_scale(y, np.ones((1, 1, 1))).to(y).mean(0))
-    n = 1 + max(0, math.ceil(2 * math.log2(size / 3)))  # scales
-    rounds = [(n - 1 - i, sparse / LESS ** (ROUGH[0] * i), ROUGH) for i in range(n)]
-    psf = point(3)
-    for scale, weight, (alternations, *cuts) in [*rounds, (0, sparse / AGAIN, FINE)]:
+    first = max(0, math.ceil(2 * math.log2(size / 3)))  # the coarsest of the scales
+    last, psf = min(_finest(gray), first), point(3)
+    weights = [sparse / LESS ** (ROUGH[0] * i) for i in range(1 + first - last)]
+    rounds = [(first - i, weight, ROUGH) for i, weight in enumerate(weights)]
+    for scale, weight, (alternations, *cuts) in [*rounds, (last, sparse / AGAIN, FINE)]:
         factor = 2 ** (-scale / 2)
         blurred = _resized(gray, [round(length * factor) for length in gray.shape])
         side = min(max(3, math.ceil(size * factor) // 2 * 2 + 1), size)
@@ -52,7 +55,23 @@ def estimate_psf(y, size, sparse=SPARSE):
             latent = _sharpened(periodic, psf, max(weight / LESS**i, LEAST))
             if np.ptp(latent) > 0:  # else nothing of it is strong enough to tell
                 psf = _normal(_fit(latent, periodic, inside, side), *cuts)
-    return point(size) if psf[size // 2, size // 2] > POINT else psf
+    if psf[side // 2, side // 2] > POINT:
+        return point(size)
+    shrunk = np.divide(blurred.shape, gray.shape)
+    start = side // 2 - shrunk * (size // 2)
+    psf = scipy.ndimage.affine_transform(psf, shrunk, start, (size, size), order=1)
+    return _normal(psf, *FINE[1:])
+
+
+def _finest(gray):
+    """Return the last scale at which a picture (H, W) shows detail in some direction."""
+    window = np.outer(*map(np.hanning, gray.shape))
+    power = np.abs(scipy.fft.fft2((gray - gray.mean()) * window)) ** 2
+    down, right = np.meshgrid(*map(scipy.fft.fftfreq, gray.shape), indexing="ij")
+    scales = 2 * np.log2(0.5 / np.maximum(np.hypot(down, right), 1e-9)) // 1
+    parts = 8 * scales + np.arctan2(down, right) % np.pi // (np.pi / 8)
+    most = scipy.ndimage.mean(power, parts, np.arange(32)).reshape(4, 8).max(1)
+    return np.argmax([*(most > DETAIL * power[scales < 0].mean()), True])
 
 
 def doubt(psf, second):
@@ -72,12 +91,10 @@ def doubt(psf, second):
 def _part(gray):
     """Return the part of a picture (H, W), SIDE pixels a side, that has the most edges."""
     edges = scipy.ndimage.gaussian_gradient_magnitude(gray, 2)
-    sums = scipy.ndimage.uniform_filter(edges, [min(n, SIDE) for n in gray.shape])
-    inner = tuple(
-        slice(min(n, SIDE) // 2, max(1, n - min(n, SIDE)) + min(n, SIDE) // 2)
-        for n in gray.shape
-    )
-    top, left = np.unravel_index(sums[inner].argmax(), sums[inner].shape)
+    h, w = np.minimum(gray.shape, SIDE)
+    sums = scipy.ndimage.uniform_filter(edges, (h, w), origin=(-(h // 2), -(w // 2)))
+    sums = sums[: len(gray) - h + 1, : gray.shape[1] - w + 1]
+    top, left = np.unravel_index(sums.argmax(), sums.shape)
     return gray[top : top + SIDE, left : left + SIDE]
 
 
@@ -123,11 +140,6 @@ def _place(psf, size):
     return np.roll(padded, (-(h // 2), -(w // 2)), (0, 1))
 
 
-def _transfer(psf, size):
-    """Return the transform of a circular convolution with a PSF."""
-    return scipy.fft.rfft2(_place(psf, size))
-
-
 def _gradients(x):
     """Return the periodic differences of x (H, W) downwards and to the right."""
     return np.stack([np.roll(x, -1, axis) - x for axis in (0, 1)])
@@ -140,7 +152,7 @@ def _sharpened(blurred, psf, sparse):
     picture has nearly those, and b is doubled. In float32, for speed.
     """
     size, blurred = blurred.shape, np.float32(blurred)
-    transfer = np.complex64(_transfer(psf, size))
+    transfer = np.complex64(scipy.fft.rfft2(_place(psf, size)))
     differences = scipy.fft.rfft2(_gradients(np.float32(_place(np.ones((1, 1)), size))))
     power, smooth = np.abs(transfer) ** 2, (np.abs(differences) ** 2).sum(0)
     given = transfer.conj() * scipy.fft.rfft2(blurred)

@@ -62,6 +62,14 @@ def test_a_thin_tail_is_found():
     assert found[down, right].sum() > share / 3  # those pixels alone, not beside them
 
 
+def test_a_wide_gaussian_is_found_where_it_has_left_detail():
+    wide = gaussian_psf(21, 3.0)
+    found = estimate_psf(blurred(wide), 21)
+    assert likeness(found, wide) > 0.95
+    distance = (np.indices((21, 21))[0] - 10) ** 2
+    assert (found * distance).sum() == pytest.approx(9, rel=0.35)
+
+
 def test_units_do_not_matter_and_the_same_comes_back():
     y = blurred(MOTION)
     y = y[:, 60:160, 60:160]
