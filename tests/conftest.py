@@ -1,15 +1,16 @@
 """Lets the tests import the scripts; every test runs in an empty folder of its own."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors, and perhaps a busy machine
 
 import cv2
 import numpy as np
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-torch.set_num_threads(1)  # tiny tensors, and perhaps a busy machine
 
 
 @pytest.fixture(autouse=True)

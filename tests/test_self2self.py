@@ -1,78 +1,15 @@
-"""The learner: its masks, loss, steps, ensemble and state."""
+"""The learner: its loss, steps, ensemble and state."""
 
-import contextlib
 import copy
-import types
 
 import numpy as np
 import pytest
 import torch
-from tensors import (
-    begun,
-    block_mask,
-    identity,
-    needs_cuda,
-    on_devices,
-    random_image,
-    roll,
-    seeded,
-    train,
-)
+from tensors import begun, block_mask, identity, random_image, roll, seeded, train
 from torch import nn
 
-from network.masks import BernoulliMasks, flip
+from network.masks import BernoulliMasks
 from network.self2self import dropped_loss
-
-
-def masks_of(device, *entropy):
-    return BernoulliMasks(torch.device(device), *entropy)
-
-
-@on_devices
-@pytest.mark.parametrize("drop_rate", [0.3, 0.05])
-def test_masks_keep_their_rate(device, drop_rate):
-    mask = masks_of(device, 0)((1, 1, 1000, 1000), drop_rate)
-    assert mask.shape == (1, 1, 1000, 1000)
-    assert set(mask.unique().tolist()) == {0, 1}
-    error = (drop_rate * (1 - drop_rate) / mask.numel()) ** 0.5
-    assert abs(mask.double().mean() - (1 - drop_rate)) < 4 * error
-
-
-@on_devices
-def test_masks_drop_nothing_at_rate_zero(device):
-    assert masks_of(device, 0)((2, 3, 33, 35), 0.0).all()
-
-
-@on_devices
-@pytest.mark.parametrize("drop_rate", [0.3, 0.05])
-def test_masks_are_independent(device, drop_rate):
-    mask = masks_of(device, 0)((2, 3, 400, 400), drop_rate).double().flatten().cpu()
-    neighbours, row, channel, sample = range(1, 9), 400, 400**2, 3 * 400**2
-    for lag in (*neighbours, row, channel, sample):
-        pair = torch.stack((mask[lag:], mask[:-lag]))
-        assert abs(torch.corrcoef(pair)[0, 1]) < 5 / pair.shape[1] ** 0.5, lag
-
-
-@on_devices
-def test_masks_are_named_by_their_entropy(device):
-    shape = (1, 3, 32, 33)
-    first = masks_of(device, 0, 5)(shape, 0.3)
-    assert torch.equal(first, masks_of(device, 0, 5)(shape, 0.3))
-    for other in ((0, 6), (1, 5), (5, 0)):
-        assert not torch.equal(first, masks_of(device, *other)(shape, 0.3))
-
-
-@on_devices
-def test_masks_go_on_from_a_state(device):
-    masks = masks_of(device, 0)
-    first = masks((1, 1, 32, 33), 0.3)
-    state = masks.state()
-    expected = [masks((1, 1, 32, 33), 0.3) for _ in range(2)]
-    assert not torch.equal(first, expected[0])
-    resumed = masks_of(device, 1)
-    resumed.load_state(state)
-    for mask in expected:
-        assert torch.equal(resumed((1, 1, 32, 33), 0.3), mask)
 
 
 def test_loss_is_the_mean_over_dropped_entries():
@@ -103,15 +40,6 @@ def test_loss_of_a_mask_that_drops_nothing_is_zero():
     loss = dropped_loss(prediction, torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4))
     (grad,) = torch.autograd.grad(loss, prediction)
     assert loss == 0 and (grad == 0).all()
-
-
-def test_flip_flips_each_sample_as_told_and_back():
-    x = random_image(4, 3, 5, 6)
-    flips = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]]).view(4, 2, 1, 1)
-    flipped = flip(x, flips)
-    expected = (x[0], x[1].flip(-1), x[2].flip(-2), x[3].flip(-1, -2))
-    assert torch.equal(flipped, torch.stack(expected))
-    assert torch.equal(flip(flipped, flips), x)
 
 
 class Spy(nn.Module):
@@ -232,7 +160,7 @@ def test_prediction_makes_no_graph():
 
 def test_prediction_is_the_mean_of_the_ensemble():
     learner = train(begun(random_image(1, 32, 33), seed=5), 2)
-    masks = masks_of("cpu", 5, 2)
+    masks = BernoulliMasks(torch.device("cpu"), 5, 2)
     with torch.no_grad():
         samples = [learner._predict(masks, 1)[0] for _ in range(4)]
     assert not torch.equal(samples[0], samples[1])
@@ -240,142 +168,6 @@ def test_prediction_is_the_mean_of_the_ensemble():
     np.testing.assert_allclose(made.image, sum(samples) / 4, atol=1e-6)
     variance = np.var(samples, 0, ddof=1)
     np.testing.assert_allclose(made.variance, variance, atol=1e-6)
-
-
-FAST = {"optimizer": "muon", "averaging_power": 3, "schedule": "linear", "bs": 2}
-
-
-def lasting_tensors(learner):
-    """Every tensor that is there before a step and after it, but for the gradients."""
-    owners = learner, learner.health, learner.ensemble
-    held = [x for owner in owners for x in vars(owner).values()]
-    held = [x for x in held if isinstance(x, torch.Tensor)]
-    states = [s for optimizer in learner.optimizers for s in optimizer.state.values()]
-    held += [x for state in states for x in state.values()]
-    return [*held, *learner.network.parameters(), *learner.network.buffers()]
-
-
-def test_a_step_changes_only_what_the_state_saves():
-    """So that a CUDA graph's warm-up leaves no trace."""
-    learner = train(begun(random_image(3, 32, 33), **FAST), 2)
-    saved = {x.data_ptr() for x in learner._tensors()}
-    set_before = {learner.rate.data_ptr(), learner.prediction_weight.data_ptr()}
-    tensors = lasting_tensors(learner)
-    before = [x.detach().clone() for x in tensors]
-    learner._train()
-    changed = {
-        x.data_ptr() for x, old in zip(tensors, before) if not torch.equal(x, old)
-    }
-    assert changed == saved
-    assert not changed & set_before
-    fresh = train(begun(random_image(3, 32, 33), **FAST), 2)
-    state = copy.deepcopy(fresh.state_dict())
-    for _ in range(3):
-        fresh._train()
-    fresh.load_state_dict(state)
-    fresh._train()
-    for ours, other in zip(tensors, lasting_tensors(fresh), strict=True):
-        assert torch.equal(ours, other)
-
-
-def test_a_capture_that_fails_leaves_no_graph(monkeypatch):
-    """Or the next picture of that size would replay nothing."""
-    learner = begun(random_image(1, 32, 32))
-
-    class Graph:
-        """A graph that says nothing."""
-
-        def register_generator_state(self, _):
-            pass
-
-    @contextlib.contextmanager
-    def out_of_memory(*_, **__):
-        yield
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(
-        "torch.cuda.Stream", lambda _: types.SimpleNamespace(wait_stream=id)
-    )
-    monkeypatch.setattr("torch.cuda.current_stream", torch.cuda.Stream)
-    monkeypatch.setattr("torch.cuda.stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
-    monkeypatch.setattr("torch.cuda.graph", out_of_memory)
-    monkeypatch.setattr(learner.masks, "generator", None, raising=False)
-    with pytest.raises(torch.OutOfMemoryError):
-        learner._capture()
-    assert learner.graph is None
-
-
-def test_a_step_reallocates_nothing():
-    """A CUDA graph has addresses by heart."""
-    learner = train(begun(random_image(3, 32, 33), **FAST), 1)
-    before = [x.data_ptr() for x in lasting_tensors(learner)]
-    train(learner, 2).predict(2)
-    learner.load_state_dict(learner.state_dict())
-    learner.restart()
-    assert [x.data_ptr() for x in lasting_tensors(learner)] == before
-
-
-def test_a_step_reads_rate_and_decay_from_tensors():
-    learner = train(begun(random_image(1, 32, 33), **FAST), 2)
-    weights = [x.detach().clone() for x in learner.network.parameters()]
-    learner.rate.zero_()
-    learner._train()
-    for now, before in zip(learner.network.parameters(), weights, strict=True):
-        assert torch.equal(now, before)
-    learner.rate.fill_(0.01)
-    learner.prediction_weight.zero_()
-    sums = [x.clone() for x in learner.ensemble.tensors()]
-    learner._train()
-    for now, before in zip(learner.network.parameters(), weights, strict=True):
-        assert not torch.equal(now, before)
-    for now, before in zip(learner.ensemble.tensors(), sums, strict=True):
-        assert torch.equal(now, before)
-
-
-def distance(a, b):
-    """Mean absolute difference of two learners' predictions."""
-    return np.abs(a.predict(64).image - b.predict(64).image).mean()
-
-
-@needs_cuda
-def test_replays_draw_new_masks():
-    learner = begun(random_image(1, 64, 64), lr=0.0, device="cuda")
-    losses = [train(learner, 1).mean_loss() for _ in range(4)]
-    assert len(set(losses)) == 4
-
-
-@needs_cuda
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_captured_steps_are_eager_steps(optimizer):
-    y, settings = random_image(3, 64, 64), {"optimizer": optimizer, "device": "cuda"}
-    captured, eager = begun(y, roll, **settings), begun(y, roll, **settings)
-    for _ in range(5):
-        captured.train_step()
-        eager._train()
-        losses = [x.loss_sum.item() for x in (captured, eager)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-@needs_cuda
-def test_same_seed_repeats_on_cuda():
-    y = random_image(1, 64, 64)
-    a, b = (train(begun(y, device="cuda"), 5) for _ in range(2))
-    assert distance(a, b) < 1e-3
-    assert distance(a, begun(y, device="cuda")) > 5e-3
-
-
-@needs_cuda
-def test_learner_goes_on_from_a_state_on_cuda():
-    y = random_image(1, 64, 64)
-    learner = train(begun(y, device="cuda", averaging_power=2), 3)
-    state = copy.deepcopy(learner.state_dict())
-    train(learner, 3)
-    resumed = begun(y, device="cuda", averaging_power=2)
-    resumed.load_state_dict(state)
-    train(resumed, 3)
-    assert resumed.mean_loss() == pytest.approx(learner.mean_loss(), rel=1e-3)
-    assert distance(resumed, learner) < 1e-3
 
 
 def test_the_trainings_own_predictions_join_the_ensemble():
