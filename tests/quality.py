@@ -187,7 +187,7 @@ def best_shift(image, clean):
         moved = scipy.ndimage.shift(image, shift, order=3, mode="nearest")
         return -10 * math.log10(((moved - clean)[inner] ** 2).mean())
 
-    for offsets in (range(-4, 5), (-0.5, 0, 0.5)):
+    for offsets in (range(-7, 8), (-0.5, 0, 0.5)):
         around = [(best[0] + i, best[1] + j) for i in offsets for j in offsets]
         best = max(around, key=psnr)
     return psnr(best)
