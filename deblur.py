@@ -14,6 +14,7 @@ import network
 import utils
 from network import noise, recipes
 from network.psf import SECOND, doubt, estimate_psf, point
+from network.scale import find_scale
 
 LARGEST_PSF = 4096  # side, pixels; as --kernel_size
 # What a PSF is wrong by is like noise of at least this sigma, where 255 is the picture's
@@ -194,7 +195,8 @@ def choose(args, y, result):
     seen, known = y[result.place], result.known[result.place]
     found = noise.noise_of(seen, known, sigma, args.real_noise)
     error = ESTIMATED_ERROR if args.kernel == "estimate" else MEASURED_ERROR
-    least, taken = error * np.ptp(seen), found
+    filled = find_scale(seen, known, blurred=True).span  # hot pixels lie beyond
+    least, taken = error * min(np.ptp(seen), filled), found
     if sigma is None and (found.sigma() or least) < least:  # and nobody says otherwise
         taken = noise.white(least)
     recipe = recipes.adapt(

@@ -151,7 +151,7 @@ def digest(arrays):
 def contents_name(path):
     """Name a file in a results folder: its stem, and what tells other contents."""
     contents = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return f"{Path(path).stem}-{contents[:8]}"
+    return f"{Path(path).stem[:60]}-{contents[:8]}"
 
 
 # --- options -------------------------------------------------------------------------
@@ -209,10 +209,10 @@ def choose_device(value):
     )
 
 
-COUNT = number(int, 1, "a whole number from 1")
-NATURAL = number(int, 0, "a whole number from 0")
+COUNT = number(int, 1, "a whole number from 1 to 1e9", 10**9 + 1)
+NATURAL = number(int, 0, "a whole number from 0 to 1e9", 10**9 + 1)
 NOT_NEGATIVE = number(float, 0, "a number from 0 to 1e30", 1e30)  # squares are finite
-POSITIVE = number(float, 0, "a number above 0", include_low=False)
+POSITIVE = number(float, 0, "a number from 0 to 1e30, not 0", 1e30, include_low=False)
 RATE = number(float, 0, "a rate in [0, 1)", 1)
 SEED = number(int, 0, "a whole number from 0 to 2**32 - 1", 2**32)
 SIDE = number(int, 1, "a whole number from 1 to 4096", 4097)
@@ -226,7 +226,7 @@ OPTIONS = {
     "crop": (NATURAL, "side of a centre crop, pixels; 0: the whole image"),
     "sigma": (NOT_NEGATIVE, "noise to add: standard deviation, 0-255 scale"),
     "observed": (bool, "the image is degraded already: simulate nothing"),
-    "noise_sigma": (NOT_NEGATIVE, "white noise that an --observed image has; 0: none"),
+    "noise_sigma": (NOT_NEGATIVE, "an --observed image's white noise, 0-255 scale"),
     "reference": (text, "clean image to score an --observed one against"),
     "mask": (text, "image file, 0 where a pixel is missing"),
     "missing": (RATE, "share of the pixels to hide, from the seed, to score them"),
@@ -361,7 +361,8 @@ def named_settings(args, defaults, psf):
         if key == "fuse":
             value = {True: "on", False: "off"}.get(value)
         if value != defaults[key]:
-            parts += [f"{key}-{value}" if type(value) is str else f"{key}{value:g}"]
+            shown = f"{value:g}" if isinstance(value, bool | float) else value
+            parts += [f"{key}-{value}" if type(value) is str else f"{key}{shown}"]
     parts += [f"init-{init}"] if init else []
     settings = others | {"observed": args.observed, "sigma": sigma, "psf": psf}
     settings |= {"recipe": args.recipe, "mask": mask, "init": init}
@@ -862,7 +863,7 @@ def score(image, clean):
     squares, ssim = 0.0, 0.0
     for ours, its in zip(image, clean):  # by channel, for memory's sake
         ours = np.clip(ours, 0, 1) if (low, high) == (0, 1) else ours
-        ours, its = ((x / (high - low)).astype(np.float32) for x in (ours, its))
+        ours, its = (np.float32((x - low) / (high - low)) for x in (ours, its))
         squares += np.square(ours - its, dtype=np.float64).mean() / len(image)
         ssim += structural_similarity(ours, its, data_range=1, **wang) / len(image)
     with np.errstate(divide="ignore"):
@@ -974,10 +975,10 @@ def curves(records):
 
 # --- one image -----------------------------------------------------------------------
 
-RESULTS = ["error.mat", "Self2Self-*.png", "restored.*", "comparison.png"]
-RESULTS += ["uncertainty.png"]
-OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.*", "checkpoint*.pt"]
-OWN_FILES += RESULTS
+RESULTS = ["error.mat", "Self2Self-[0-9]*.png", "comparison.png", "uncertainty.png"]
+RESULTS += [f"restored{suffix}" for suffix in SUFFIXES]
+OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "kernel.png"]
+OWN_FILES += ["checkpoint.pt", *RESULTS]
 CHECKPOINT_FORMAT = 7
 # Seconds between two checkpoints; where saving is slow, so many times what the last one took.
 SAVE_EVERY, SAVING = 60, 20
@@ -1136,7 +1137,10 @@ class Result:
         self.noise = noise.describe(peak)
         self.heading += f", noise: {self.noise}"
         if noise.lines and not self.eight_bits:
-            self.heading += " (in the file's numbers)"
+            flag = self.args.observed and noise.kind == "white"
+            sigma = float(f"{noise.sigma():.3g}")
+            told = f", --noise_sigma {sigma:g}" if flag else ""
+            self.heading += f" (in the file's numbers{told})"
         if self.noiseless and self.known.all():
             self.heading += ": it comes back as it is"
         tqdm.write(self.heading)
@@ -1308,7 +1312,8 @@ class Result:
             "notes": self.notes,
             "written": time.time(),
         }
-        record |= {"made_from": self.made_from, "iteration": self.iteration}
+        reached = max([self.iteration, *(row[0] for row in self.rows)])
+        record |= {"made_from": self.made_from, "iteration": reached}
         record |= {"observation": self.scores, "columns": COLUMNS, "rows": self.rows}
         data = json.dumps(record, indent=1).encode()
         write_atomically(self.folder / "record.json", data)
@@ -1507,14 +1512,16 @@ class Run:
     def _records(self):
         """Return the records of this call's images so far, path -> record.
 
-        An earlier call's do not count, unless it is resumed. Other processes may have
-        begun up to SKEW before this one.
+        An earlier call's do not count, unless it is resumed and has not failed now. Other
+        processes may have begun up to SKEW before this one.
         """
         found = {}
         for file in self.files:
             record = read_record(self._folder(file))
             since = self.started - (0 if file in self.paths else SKEW)
-            if record and (self.args.resume or record["written"] >= since):
+            resumed = self.args.resume and str(file) not in self.failed
+            own = record and "heading" in record  # no joined stack's
+            if own and (resumed or record["written"] >= since):
                 found[file] = record
         return found
 

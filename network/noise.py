@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.fft
+import scipy.ndimage
 
 SIDE = 8  # pixels, of a block
 BLOCKS, LEAST = 2**16, 60  # how many are looked at, about; how many are needed
@@ -33,7 +34,9 @@ LEAST_SIGMA = 1  # where 255 is the picture's range: below it there is nothing t
 SHARED = 0.3  # correlation of channels from which on they are not independent
 GROWS = 1.2  # sigma where it is bright over sigma where it is dark, from which it grows
 UNLIKE = 1.4  # variance of a channel over another's, from which they differ
-ON_GRID = 0.04  # share of small coefficients that a JPEG's grid has and no other has
+# Share of small coefficients that a JPEG's grid has and no other has; times the root of
+# their number, in small pictures.
+ON_GRID, BY_CHANCE = 0.04, 2.0
 
 
 class Noise(NamedTuple):
@@ -117,7 +120,7 @@ def find_noise(y, known):
     """
     y = np.asarray(y, np.float64)
     known = np.broadcast_to(np.asarray(known) > 0, y.shape)
-    varying = [np.ptp(channel[at]) > 0 for channel, at in zip(y, known)]
+    varying = [at.any() and np.ptp(channel[at]) > 0 for channel, at in zip(y, known)]
     if any(varying) and not all(varying):  # red and blue of a slide in green
         noise = find_noise(y[varying], known[varying])
         own = iter(noise.lines)
@@ -147,7 +150,7 @@ def find_noise(y, known):
     growing = Noise("growing", lines, ends)
     dark, bright = map(growing.sigma, ends)
     most = max(255 * math.sqrt(_energy(flat[..., MIDDLE] ** 2)), bright / 2)
-    if _is_on_grid(y):
+    if _is_on_grid(y, known):
         return Noise("compressed")
     little = most < LEAST_SIGMA * np.ptp(levels)
     if middle > CORRELATED * highest and not little:
@@ -263,13 +266,25 @@ def _energy(squares):
     return np.partition(squares, n, None)[:n].mean() / KEPT_ENERGY
 
 
-def _is_on_grid(y):
-    """Tell whether a picture has been a JPEG: whose 8x8 blocks have many zeros."""
+def _is_on_grid(y, known):
+    """Tell whether a picture has been a JPEG: whose 8x8 blocks have many zeros.
+
+    Black and white areas, as bars at a scan's edge, have zeros, too: they are left out.
+    """
     top, left = (max(0, n // 2 - 256) for n in y.shape[1:])  # a part says enough
-    gray = y[:, top : top + 512, left : left + 512].mean(0, np.float32, keepdims=True)
-    spectra = scipy.fft.dctn(_blocks(gray, 1)[0], axes=(2, 3), norm="ortho")
+    y, known = (x[:, top : top + 512, left : left + 512] for x in (y, known))
+    gray = y.mean(0, np.float32, keepdims=True)
+    ends = np.float32(np.quantile(gray, (0.001, 0.999)))  # hot pixels lie beyond
+    gray = gray.clip(*ends)
+    full = scipy.ndimage.binary_opening(np.isin(gray, ends), np.ones((1, 3, 3)))
+    blocks, seen = (_blocks(x, 1)[0] for x in (gray, known.all(0)[None] & ~full))
+    usable = seen.all((2, 3)) & (np.ptp(blocks, (2, 3)) > 0)
+    spectra = scipy.fft.dctn(blocks, axes=(2, 3), norm="ortho")
     high, shares = spectra.reshape(*spectra.shape[:2], SIDE**2)[..., ORDER >= 5], []
     for i, j in itertools.product(range(SIDE), repeat=2):
-        part = np.abs(high[i::SIDE, j::SIDE])
+        part = np.abs(high[i::SIDE, j::SIDE][usable[i::SIDE, j::SIDE]])
+        if not part.size:
+            return False
         shares.append((part < 0.1 * math.sqrt((part**2).mean())).mean())
-    return max(shares) > np.median(shares) + ON_GRID
+    least = max(ON_GRID, BY_CHANCE / math.sqrt(part.size))
+    return max(shares) > np.median(shares) + least

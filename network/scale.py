@@ -133,6 +133,8 @@ def find_scale(y, known, blurred=False, lines=()):
 def _range(y, known, margin):
     """Return the middle and the length of the range that known entries (C, H, W) fill."""
     entries = y[known]
+    if not entries.size:  # a channel of which nothing is known
+        return 0.0, 1.0
     least, most = entries.min(), entries.max()
     low, high = _ends(entries)
     counts = _block_sums(known)

@@ -173,6 +173,14 @@ def test_what_failed_now_has_no_earlier_score_and_joins_no_stack(capsys):
     before = files(stack)
     assert run("denoise", "--path b/in/a.tif --test_frequency 4") == 1
     assert files(stack) == before
+    pages = tifffile.imread("a/in/a.tif", key=slice(None))
+    tifffile.imwrite("a/in/a.tif", 255 - pages, photometric="minisblack")
+    capsys.readouterr()
+    assert run("denoise", "--path a/in/a.tif --test_frequency 4 --resume") == 2
+    assert "restored.tif" not in capsys.readouterr().out
+    tifffile.imwrite("a/in/a.tif", pages[0, :8])  # a picture in the stack's place
+    assert run("denoise", "--path a/in/a.tif --test_frequency 4 --resume") == 2
+    assert files(stack) == before
     summary = Path("logs/denoise/log-summary.csv").read_text()
     assert [row.split(",")[0] for row in summary.splitlines()[1:]] == [
         "in/a.tif/1",

@@ -99,6 +99,10 @@ def test_each_channel_has_a_mask_of_its_own():
     assert run("denoise", "--path in/a.png --mask in/mask.png --sigma 0") == 0
     observation = read(folder_of("denoise") / "noisy.png")
     assert (observation[:20, :, 2] == 0).all()
+    cv2.imwrite(
+        "in/mask.png", np.full((40, 40, 3), (9, 9, 0), np.uint8)
+    )  # of red nothing
+    assert run("denoise", "--path in/a.png --mask in/mask.png --observed") == 0
     np.testing.assert_array_equal(observation[..., :2], read("in/a.png")[..., :2])
 
 

@@ -91,6 +91,18 @@ def test_a_jpeg_is_told_by_its_grid(quality, channels):
     assert not sharp.fuse and not holes.fuse
 
 
+@pytest.mark.parametrize("side", [96, 256])
+def test_a_scans_bars_and_holes_and_a_hot_pixel_are_no_jpegs_grid(side):
+    y = photograph(1, side) + noise((1, side, side), 10)
+    known = np.ones_like(y)
+    frame, hot = y.copy(), y.copy()
+    frame[:, :17] = frame[:, -17:] = frame[:, :, :20] = 0
+    hot[:, 40, 30] = 30
+    known[:, 20:45, 40:70] = 0
+    for picture, seen in ((frame, ALL), (hot, ALL), (known * y, known)):
+        assert find_noise(picture, seen).kind == "white"
+
+
 def test_what_is_missing_or_burnt_out_or_flat_does_not_count():
     clean = photograph()
     y = clean + noise(clean.shape, 20)

@@ -264,7 +264,7 @@ def test_names_of_results_folders():
         "--optimizer adamw --seed 1 --lr 1e-3 --bs 2 --crop 32 --sigma 10",
         "--recipe paper --iteration 3 --sigma 2.5",
         "--observed",
-        "--observed --fuse on --noise_sigma 7",
+        "--observed --fuse on --noise_sigma 7 --seed 20240101",
     ):
         assert run("denoise", f"--path in/a.png {flags}") == 0
     ending = "num_prediction2"
@@ -273,7 +273,7 @@ def test_names_of_results_folders():
         f"sigma10_fast_crop32_iteration4_lr0.001_optimizer-adamw_bs2_seed1_{ending}",
         f"sigma2.5_paper_{ending}",
         f"observed_fast_iteration4_{ending}",
-        f"observed_fast_noise_sigma7_iteration4_fuse-on_{ending}",
+        f"observed_fast_noise_sigma7_iteration4_fuse-on_seed20240101_{ending}",
     }
 
 

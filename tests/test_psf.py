@@ -164,6 +164,10 @@ def test_no_psf_is_taken_for_exact():
     for flags in ("", "--kernel estimate", "--kernel_sigma 2"):
         recipe, noise = chosen(f"--observed {flags}", "deblur", photograph())
         assert recipe.fuse and recipe.noise > 1.5 > noise.sigma()
+    hot = photograph()
+    hot[:, 99, 99] = 30
+    spoiled, _ = chosen("--observed", "deblur", hot)
+    assert spoiled.noise < 1.5 * recipe.noise
     told, _ = chosen("--observed --noise_sigma 0.5", "deblur", photograph())
     assert told.noise < 1
 

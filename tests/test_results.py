@@ -277,11 +277,13 @@ def test_same_settings_replace_and_others_are_kept(capsys):
     write("in/a.png")
     assert run("denoise", "--path in/a.png --test_frequency 1") == 0
     (results,) = Path("images/in/a.png/denoise").iterdir()
-    (results / "mine.txt").write_text("a note of the user's")
+    for name in ("mine.txt", "restored.xcf", "kernel.txt", "checkpoint-good.pt"):
+        (results / name).write_text("a file of the user's")
     assert run("denoise", "--path in/a.png") == 0
     assert "replacing the earlier results" in capsys.readouterr().out
     assert not (results / "Self2Self-1.png").exists()
-    assert (results / "mine.txt").exists()
+    for name in ("mine.txt", "restored.xcf", "kernel.txt", "checkpoint-good.pt"):
+        assert (results / name).exists()
     before = files(results)
     write("in/a.png")  # another picture of the same name
     assert run("denoise", "--path in/a.png") == 0
@@ -292,6 +294,7 @@ def test_a_longer_runs_results_are_kept():
     write("in/a.png")
     assert run("denoise", "--path in/a.png --recipe paper") == 0
     (results,) = Path("images/in/a.png/denoise").iterdir()
+    assert run("denoise", "--path in/a.png --recipe paper --iteration 2 --resume") == 0
     before = files(results)
     assert run("denoise", "--path in/a.png --recipe paper --iteration 2") == 0
     assert files(results.with_name(results.name + "~1")) == before

@@ -163,7 +163,7 @@ def test_a_float_pictures_values_are_its_own(capsys):
     )
     assert "peak: the reference's range" in out
     assert out.count("PNGs show") == 1
-    assert "noise: white, sigma 100 (in the file's numbers)" in out
+    assert "white, sigma 100 (in the file's numbers, --noise_sigma 25500)" in out
     shown = cv2.imread(str(results / "noisy.png"), cv2.IMREAD_UNCHANGED)
     assert (shown.min(), shown.max(), shown.dtype) == (0, 65535, np.uint16)
     error = scipy.io.loadmat(results / "error.mat")["error"]

@@ -113,6 +113,8 @@ def test_scores_are_those_of_the_clipped_image():
     far = np.where(clean > 0.5, 7, -7)
     near = np.where(clean > 0.5, 1, 0)
     assert utils.score(far, clean) == utils.score(near, clean)
+    high = [1e6 + np.float64(x) for x in (clean + error, clean)]  # heights, say
+    assert utils.score(*high) == pytest.approx(utils.score(clean + error, clean), 1e-2)
 
 
 def test_mat_files_repeat(tmp_path, monkeypatch):
