@@ -212,7 +212,7 @@ def choose_device(value):
 COUNT = number(int, 1, "a whole number from 1 to 1e9", 10**9 + 1)
 NATURAL = number(int, 0, "a whole number from 0 to 1e9", 10**9 + 1)
 NOT_NEGATIVE = number(float, 0, "a number from 0 to 1e30", 1e30)  # squares are finite
-POSITIVE = number(float, 0, "a number from 0 to 1e30, not 0", 1e30, include_low=False)
+POSITIVE = number(float, 0, "a number above 0, below 1e38", 1e38, include_low=False)
 RATE = number(float, 0, "a rate in [0, 1)", 1)
 SEED = number(int, 0, "a whole number from 0 to 2**32 - 1", 2**32)
 SIDE = number(int, 1, "a whole number from 1 to 4096", 4097)
@@ -1090,6 +1090,8 @@ class Result:
                 f"{self.path}: its noise is {noise.describe()}: to fuse, --noise_sigma "
                 "says how strong it is"
             )
+        if (learner.recipe.noise or 0) > 100 * 255:
+            raise InputError(f"{self.path}: noise over 100 times the picture's range")
         self.observation = observation = np.ascontiguousarray(observation[self.place])
         # Without noise and blur what is known is the result.
         self.noiseless = noise.kind == "none" and psf is None
