@@ -1139,10 +1139,10 @@ class Result:
         self.noise = noise.describe(peak)
         self.heading += f", noise: {self.noise}"
         if noise.lines and not self.eight_bits:
-            flag = self.args.observed and noise.kind == "white"
-            sigma = float(f"{noise.sigma():.3g}")
-            told = f", --noise_sigma {sigma:g}" if flag else ""
-            self.heading += f" (in the file's numbers{told})"
+            self.heading += " (in the file's numbers"
+            if self.args.observed and noise.kind == "white":
+                self.heading += f", --noise_sigma {float(f'{noise.sigma():.3g}'):g}"
+            self.heading += ")"
         if self.noiseless and self.known.all():
             self.heading += ": it comes back as it is"
         tqdm.write(self.heading)

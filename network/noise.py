@@ -13,6 +13,8 @@ import numpy as np
 import scipy.fft
 import scipy.ndimage
 
+from network.scale import extremes
+
 SIDE = 8  # pixels, of a block
 BLOCKS, LEAST = 2**16, 60  # how many are looked at, about; how many are needed
 ORDER = np.add.outer(np.arange(SIDE), np.arange(SIDE)).ravel()  # of frequencies, u + v
@@ -274,7 +276,7 @@ def _is_on_grid(y, known):
     top, left = (max(0, n // 2 - 256) for n in y.shape[1:])  # a part says enough
     y, known = (x[:, top : top + 512, left : left + 512] for x in (y, known))
     gray = y.mean(0, np.float32, keepdims=True)
-    ends = np.float32(np.quantile(gray, (0.001, 0.999)))  # hot pixels lie beyond
+    ends = extremes(gray.ravel())  # hot pixels lie beyond
     gray = gray.clip(*ends)
     full = scipy.ndimage.binary_opening(np.isin(gray, ends), np.ones((1, 3, 3)))
     blocks, seen = (_blocks(x, 1)[0] for x in (gray, known.all(0)[None] & ~full))

@@ -136,17 +136,17 @@ def _range(y, known, margin):
     if not entries.size:  # a channel of which nothing is known
         return 0.0, 1.0
     least, most = entries.min(), entries.max()
-    low, high = _ends(entries)
+    low, high = extremes(entries)
     counts = _block_sums(known)
     sums = _block_sums(np.where(known, np.clip(y, low, high), 0))
     whole = counts > 0  # a mask may leave no block any
-    low, high = _ends(sums[whole] / counts[whole] if whole.any() else entries)
+    low, high = extremes(sums[whole] / counts[whole] if whole.any() else entries)
     span = max((high - low) * (1 + 2 * margin), (most - least) / FARTHEST)
     # In a flat picture any unit will do.
     return float(low + high) / 2, float(span) or 1.0
 
 
-def _ends(values):
+def extremes(values):
     """Return the values that a share of TAIL lies below, and above."""
     k = int(TAIL * len(values))
     ends = k, len(values) - 1 - k
