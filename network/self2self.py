@@ -1,6 +1,7 @@
 """Self2Self (Quan, Chen, Pang, Ji, CVPR 2020): learning one image from its observation."""
 
 import copy
+import functools
 import itertools
 
 import numpy as np
@@ -30,6 +31,12 @@ def dropped_loss(degraded, y, judged):
         judged: 1 - m, of the same shape; where it is 0 an entry is not looked at.
     """
     return (judged * (degraded - y) ** 2).sum() / judged.count_nonzero().clamp(min=1)
+
+
+@functools.cache
+def capture_stream(device):
+    """The stream of a device that steps are captured on: each would keep work space of its own."""
+    return torch.cuda.Stream(device)
 
 
 class Self2Self:
@@ -343,7 +350,7 @@ class Self2Self:
     def _capture(self):
         """Capture the whole step in one CUDA graph; the warm-up leaves no trace."""
         before = copy.deepcopy(self.state_dict())
-        stream = torch.cuda.Stream(self.device)
+        stream = capture_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(3):

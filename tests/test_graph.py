@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import types
 
 import numpy as np
@@ -63,6 +64,7 @@ def test_a_capture_that_fails_leaves_no_graph(monkeypatch):
     monkeypatch.setattr(
         "torch.cuda.Stream", lambda _: types.SimpleNamespace(wait_stream=id)
     )
+    monkeypatch.setattr("network.self2self.capture_stream", torch.cuda.Stream)
     monkeypatch.setattr("torch.cuda.current_stream", torch.cuda.Stream)
     monkeypatch.setattr("torch.cuda.stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
@@ -103,6 +105,17 @@ def test_a_step_reads_rate_and_decay_from_tensors():
 def distance(a, b):
     """Mean absolute difference of two learners' predictions."""
     return np.abs(a.predict(64).image - b.predict(64).image).mean()
+
+
+@needs_cuda
+def test_one_learner_after_the_other_needs_no_more_memory():
+    """Each stream that multiplies matrices is given work space, which it keeps."""
+    held = []
+    for _ in range(3):
+        train(begun(random_image(1, 64, 64), device="cuda", **FAST), 1)
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[2]
 
 
 @needs_cuda

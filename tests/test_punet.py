@@ -162,8 +162,9 @@ def test_triton_kernels_compute_the_same(shape, settings, monkeypatch):
             grads = torch.autograd.grad(loss, list(network.parameters()))
         results.append((output, loss, *grads))
     for ours, expected in zip(*results, strict=True):
-        # 32-bit gradients of two orders of summation
-        assert (ours - expected).abs().max() <= 5e-5 * expected.abs().max()
+        # 32-bit gradients of two orders of summation, over which leaky ReLUs of nearly 0
+        # and maxima that nearly tie may decide otherwise
+        assert (ours - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
