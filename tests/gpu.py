@@ -67,7 +67,9 @@ def picture(side, channels=1, seed=0):
 
 def learner(name, y, operator=denoise.identity, **changes):
     """A learner of y by a recipe, in float32 unless it is changed."""
-    recipe = recipes.adapt(name, y, noise=white(25), blurred=operator is BLUR)
+    recipe = recipes.adapt(
+        name, y, noise=white(25), given={"device": DEVICE}, blurred=operator is BLUR
+    )
     recipe = replace(recipe, **{"precision": "float32"} | changes)
     return Self2Self(y, operator, None, recipe, device=DEVICE)
 

@@ -18,6 +18,7 @@ from scripts import ROOT, SCRIPTS, run, write
 import denoise
 import utils
 from network import recipes
+from network.noise import white
 from network.scale import find_scale
 
 WHOLE = np.linspace(0, 1, 64 * 64).reshape(1, 64, 64)
@@ -122,6 +123,17 @@ def test_fast_goes_by_the_noise_where_it_is_known(flags, drop_rate, power):
 )
 def test_less_of_a_network_will_do_where_noise_is_fused(flags, width, window):
     recipe, _ = chosen(flags)
+    assert (recipe.width, recipe.window) == (width, window)
+
+
+@pytest.mark.parametrize(
+    ("device", "width", "window"),
+    [("cpu", 0.5, 256), ("cuda", 1, 384), ("mps", 0.5, 256)],
+)
+def test_a_gpu_is_given_the_whole_network(device, width, window):
+    given = {"device": torch.device(device)}
+    recipe = recipes.adapt("fast", WHOLE, noise=white(25), given=given)
+    assert recipe.fuse
     assert (recipe.width, recipe.window) == (width, window)
 
 
