@@ -123,9 +123,11 @@ RECIPES = {
 }
 
 # What `fast` has instead where its result is fused, but for CUDA. That makes good what the
-# network loses, and a step takes three quarters of the time, of a large picture a third. A
-# GPU would gain nothing: its steps are many kernels that are short already.
-FUSED = {"width": 0.5, "window": 256}
+# network loses, and a step takes three quarters of the time. A GPU would gain nothing: its
+# steps are many kernels that are short already.
+FUSED = {"width": 0.5}
+# So do smaller windows, of pictures of at most SMALL pixels; larger ones see too few.
+FUSED_SMALL, SMALL = FUSED | {"window": 256}, 2**18
 
 
 def adapt(
@@ -182,7 +184,8 @@ def adapt(
     values["fuse"] &= values["drop_rate"] > 0 and given.get("num_prediction", 2) > 1
     device = given.get("device")
     if recipe.fuse and values["fuse"] and not (device and device.type == "cuda"):
-        values |= {field: given.get(field, value) for field, value in FUSED.items()}
+        less = FUSED_SMALL if y[0].size <= SMALL else FUSED
+        values |= {field: given.get(field, value) for field, value in less.items()}
     camera = recipe.own_scale and not blurred and not noise.is_white()
     if not given.get("real_noise", camera):
         values["photons"] = None

@@ -127,12 +127,18 @@ def test_less_of_a_network_will_do_where_noise_is_fused(flags, width, window):
 
 
 @pytest.mark.parametrize(
-    ("device", "width", "window"),
-    [("cpu", 0.5, 256), ("cuda", 1, 384), ("mps", 0.5, 256)],
+    ("device", "side", "width", "window"),
+    [
+        ("cpu", 512, 0.5, 256),
+        ("cpu", 513, 0.5, 384),
+        ("cuda", 512, 1, 384),
+        ("mps", 512, 0.5, 256),
+    ],
 )
-def test_a_gpu_is_given_the_whole_network(device, width, window):
-    given = {"device": torch.device(device)}
-    recipe = recipes.adapt("fast", WHOLE, noise=white(25), given=given)
+def test_how_much_is_trained_goes_by_device_and_size(device, side, width, window):
+    y, given = np.tile(WHOLE, (1, 9, 9)), {"device": torch.device(device)}
+    y = y[:, :side, :512]
+    recipe = recipes.adapt("fast", y, noise=white(25), given=given)
     assert recipe.fuse
     assert (recipe.width, recipe.window) == (width, window)
 
