@@ -1391,6 +1391,7 @@ class Run:
     def __init__(self, args, defaults, psf=None):
         self.args, self.failed, self.begun = args, [], False
         self.started = time.time()
+        self.logged, self.drawn = {}, []  # records; their tests
         self.weights = {}  # channels and the network's width -> those to begin with
         try:
             self.settings = named_settings(args, defaults, psf)
@@ -1498,7 +1499,10 @@ class Run:
             names = ", ".join(self.failed)
             report(f"{len(self.failed)} of {len(self.files)} images failed: {names}")
         try:
-            for row in self.write_logs():
+            table = self.write_logs()
+            while self.world > 1 and self._records() != self.logged:
+                table = self.write_logs()  # after what others have finished meanwhile
+            for row in table:
                 cells = (
                     f"{c:.3f}" if isinstance(c, float) else c or "-" for c in row[1:]
                 )
@@ -1536,7 +1540,8 @@ class Run:
         lines = [
             f"{k}: {v}" for k, v in values if k not in ("resume", "given", "schedule")
         ]
-        rows, table, records = [("image", *COLUMNS)], [], self._records().values()
+        rows, table, self.logged = [("image", *COLUMNS)], [], self._records()
+        records = self.logged.values()
         for record in records:
             lines += ["", record["heading"], *record["notes"]]
             lines += map(row_text, record["rows"])
@@ -1550,7 +1555,9 @@ class Run:
             return []
         write_atomically(self.log, "\n".join([*lines, ""]).encode())
         write_atomically(self.log.with_suffix(".csv"), csv_text(rows))
-        write_atomically(self.log.with_suffix(".png"), curves(records))
+        if rows != self.drawn:  # drawing takes longer than all else here
+            write_atomically(self.log.with_suffix(".png"), curves(records))
+            self.drawn = rows
         if not table:
             return []
         scored = [row[2:5] for row in table if row[3] is not None]

@@ -81,6 +81,28 @@ def test_processes_share_a_folder_and_any_number_of_them_resumes(
     assert without_seconds(files("images")) == expected
 
 
+def test_the_summary_has_what_another_process_finishes_meanwhile(monkeypatch):
+    for name in "ab":
+        write(f"in/{name}.png")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plain, calls = utils.csv_text, []
+
+    def late(rows):
+        """What one process has read is written when the other one has ended."""
+        calls.append(len(rows))
+        if len(calls) == 3:  # after two tests, the end
+            monkeypatch.setenv("RANK", "1")
+            assert run("denoise", "--path in") == 0
+        return plain(rows)
+
+    monkeypatch.setattr(utils, "csv_text", late)
+    monkeypatch.setenv("RANK", "0")
+    assert run("denoise", "--path in") == 0
+    assert calls[2] < calls[-1]
+    rows = Path("logs/denoise/log-summary.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:-1]] == ["in/a.png", "in/b.png"]
+
+
 def test_one_of_several_processes_names_what_failed(monkeypatch, capsys):
     write("in/b.png")
     Path("in/a.png").write_text("no image")
