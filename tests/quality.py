@@ -37,6 +37,8 @@ from network.noise import find_noise, white
 
 try:
     import bm3d
+
+    np.trapz = np.trapezoid  # as NumPy called it, when bm3d was written
 except ImportError:
     bm3d = None
 
