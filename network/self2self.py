@@ -35,7 +35,7 @@ def dropped_loss(degraded, y, judged):
 
 @functools.cache
 def capture_stream(device):
-    """The stream of a device that steps are captured on: each would keep work space of its own."""
+    """The stream that a device's steps are captured on: each one keeps work space."""
     return torch.cuda.Stream(device)
 
 

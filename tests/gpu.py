@@ -87,8 +87,8 @@ def smoke():
     for name, photons in (("paper", None), ("fast", None), ("fast", 100)):
         for kernels, module in (("Triton", tritons), ("PyTorch", None)):
             punet.triton_punet = module
-            made = learner(name, y, photons=photons)
-            tried(f"smoke: {name}, {photons} photons, {kernels}, loss", train, made, 3)
+            label = f"smoke: {name}, {photons} photons, {kernels}, loss"
+            tried(label, lambda n=name, p=photons: train(learner(n, y, photons=p), 3))
     punet.triton_punet = tritons
 
 
@@ -222,7 +222,7 @@ def resume():
 
 
 def out_of_memory():
-    """Too little memory: one line, exit status 1, and the next picture goes on."""
+    """Too little memory: one line, exit status 1."""
     if DEVICE.type != "cuda":
         return "skipped"
     total = torch.cuda.get_device_properties(0).total_memory

@@ -38,7 +38,7 @@ from network.noise import find_noise, white
 try:
     import bm3d
 
-    np.trapz = np.trapezoid  # as NumPy called it, when bm3d was written
+    np.trapz = np.trapezoid  # which bm4d, beneath it, still asks for
 except ImportError:
     bm3d = None
 

@@ -138,9 +138,13 @@ def test_less_of_a_network_will_do_where_noise_is_fused(flags, width, window):
 def test_how_much_is_trained_goes_by_device_and_size(device, side, width, window):
     y, given = np.tile(WHOLE, (1, 9, 9)), {"device": torch.device(device)}
     y = y[:, :side, :512]
-    recipe = recipes.adapt("fast", y, noise=white(25), given=given)
-    assert recipe.fuse
-    assert (recipe.width, recipe.window) == (width, window)
+    for margin in (0, 7):
+        around = [(0, 0), (margin, margin), (margin, margin)]
+        known = np.pad(np.ones((1, *y.shape[1:])), around)
+        canvas = np.pad(y, around)
+        recipe = recipes.adapt("fast", canvas, known, white(25), given=given)
+        assert recipe.fuse
+        assert (recipe.width, recipe.window) == (width, window)
 
 
 def test_fast_fuses_where_it_pays():
