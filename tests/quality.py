@@ -224,11 +224,10 @@ def classical(case, extra):
         return utils.score(filtered(y, args.sigma / 255), x)
     psf = deblur.read_psf(args.kernel)
     y += deblur.CircularBlur(psf)(torch.from_numpy(x)[None])[0].numpy() - x
-    sharp = [
-        bm3d.bm3d_deblurring(y[0], args.sigma / 255, k) for k in (psf, psf[::-1, ::-1])
-    ]
+    given = y.transpose(1, 2, 0), args.sigma / 255  # of (H, W) it makes H channels
+    sharp = [bm3d.bm3d_deblurring(*given, k) for k in (psf, psf[::-1, ::-1])]
     moves = itertools.product((-1, 0, 1), repeat=2)
-    moved = [np.roll(image, move, (0, 1)) for move in moves for image in sharp]
+    moved = [np.roll(k.squeeze(), move, (0, 1)) for move in moves for k in sharp]
     return max(utils.score(image[None], x) for image in moved)
 
 
