@@ -1151,7 +1151,7 @@ class Result:
             tqdm.write(f"{self.name}: PNGs show {low:.4g} black and {high:.4g} white")
         if self.picture.encoder_arguments.get("lost"):
             lost = self.picture.encoder_arguments["lost"]
-            tqdm.write(f"{self.name}: {lost}: not carried through, the rest is")
+            tqdm.write(f"{self.name}: its metadata is kept, but for {lost}")
         wanted = self.args.num_prediction
         made = learner.ensemble_size(wanted)
         if made < wanted and "num_prediction" in self.args.given:
