@@ -20,7 +20,7 @@ from network.punet import bent_sigmoid, inverse_bent_sigmoid
 from network.recipes import RECIPES
 from network.scale import FARTHEST, MARGIN, UNIT, find_scale
 
-FAST = {"drop_rate": 0.2, "averaging_power": 3, "iteration": 5, "fuse": True}
+FAST = {"drop_rate": 0.2, "averaging_power": 3, "iteration": 3, "fuse": True}
 FAST = asdict(RECIPES["fast"]) | FAST | {"precision": "float32", "photons": None}
 ALL = np.ones((1, 1, 1))
 SCALES = [(1 / 128, 0.0), (1 / 8, -3.0), (1.0, 0.25), (1 / 128, 0.5)]
@@ -64,7 +64,7 @@ def test_restoring_goes_with_scale_and_offset(changes, channels, most):
         scale = find_scale(a * y + b, ALL if known is None else known, blurred)
         settings = FAST | {"scale": scale, "noise": scale.level(a * 15)} | changes
         learner = begun(a * y + b, known=known, **settings)
-        ensemble = train(learner, 5).predict(2)
+        ensemble = train(learner, 3).predict(2)
         fused, error = learner.fuse(ensemble)
         made = [(x - b) / a for x in (ensemble.image, fused)]
         results.append([*made, ensemble.variance / a**2, error / a**2])
@@ -117,7 +117,7 @@ def test_a_bent_sigmoid_is_the_sigmoid_and_its_tangents(bend):
         torch.testing.assert_close(y, torch.sigmoid(x))
 
 
-FLAGS = "--iteration 12 --test_frequency 12 --num_prediction 5 --precision float32"
+FLAGS = "--iteration 8 --test_frequency 8 --num_prediction 5 --precision float32"
 
 
 def restore(name, pixels, flags=FLAGS):
