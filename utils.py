@@ -1500,8 +1500,9 @@ class Run:
             report(f"{len(self.failed)} of {len(self.files)} images failed: {names}")
         try:
             table = self.write_logs()
-            while self.world > 1 and self._records() != self.logged:
-                table = self.write_logs()  # after what others have finished meanwhile
+            # Others may have finished meanwhile. In text a NaN equals itself.
+            while self.world > 1 and str(self._records()) != str(self.logged):
+                table = self.write_logs()
             for row in table:
                 cells = (
                     f"{c:.3f}" if isinstance(c, float) else c or "-" for c in row[1:]
