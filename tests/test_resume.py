@@ -55,7 +55,7 @@ def test_a_run_resumed_after_crashes_is_the_uninterrupted_one(
 
 
 def test_a_killed_run_resumes_to_the_same_bytes():
-    kills, differences = kill_and_compare(1, 8, longest=5)
+    kills, differences = kill_and_compare(1, 16, longest=5)
     assert kills
     assert not differences
 
