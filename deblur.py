@@ -51,7 +51,6 @@ DEFAULTS = {
     "seed": 0,
     "device": "auto",  # auto, cpu, cuda, cuda:N, mps
     # What it predicts and writes
-    "init": None,  # file, previous
     "resume": False,
     "test_frequency": 1000,  # steps
     "num_prediction": 100,
@@ -231,7 +230,7 @@ def estimate(result, x, size):
     return psf
 
 
-def restore(args, run, result, psf, blur):
+def restore(args, result, psf, blur):
     """Learn one picture, and write its results."""
     import torch  # late: see network/__init__.py
 
@@ -244,8 +243,7 @@ def restore(args, run, result, psf, blur):
     blurred = blur(torch.from_numpy(x)[None])[0].numpy()
     y = known * (x if args.observed else blurred + n)
     recipe, found = choose(args, y, result)
-    weights = run.initial_weights(len(x), recipe.width)
-    learner = network.Self2Self(y, blur, known, recipe, args.seed, args.device, weights)
+    learner = network.Self2Self(y, blur, known, recipe, args.seed, args.device)
     result.begin(learner, y, found, psf, n=n, blurred=blurred)
     result.resume(learner)  # with --resume
     while learner.step < recipe.iteration:
@@ -269,7 +267,7 @@ def main(argv=None):
     print(off_centre(psf), end="")
     for path in run.paths:
         with run.image(path) as result:  # an error is reported, the next image goes on
-            restore(args, run, result, psf, blur)
+            restore(args, result, psf, blur)
     return run.finish()
 
 

@@ -31,7 +31,6 @@ DEFAULTS = {
     "seed": 0,
     "device": "auto",  # auto, cpu, cuda, cuda:N, mps
     # What it predicts and writes
-    "init": None,  # file, previous
     "resume": False,
     "test_frequency": 1000,  # steps
     "num_prediction": 100,
@@ -62,16 +61,13 @@ def choose(args, y, result):
     return recipe, found
 
 
-def restore(args, run, result):
+def restore(args, result):
     """Learn one picture, and write its results."""
     x, known = result.read()
     n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
     y = known * (x if args.observed else x + n)
     recipe, found = choose(args, y, result)
-    weights = run.initial_weights(len(x), recipe.width)
-    learner = network.Self2Self(
-        y, identity, known, recipe, args.seed, args.device, weights
-    )
+    learner = network.Self2Self(y, identity, known, recipe, args.seed, args.device)
     result.begin(learner, y, found, n=n)
     result.resume(learner)  # with --resume
     while learner.step < recipe.iteration:
@@ -89,7 +85,7 @@ def main(argv=None):
     run = utils.Run(args, DEFAULTS)
     for path in run.paths:
         with run.image(path) as result:  # an error is reported, the next image goes on
-            restore(args, run, result)
+            restore(args, result)
     return run.finish()
 
 

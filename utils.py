@@ -247,7 +247,6 @@ OPTIONS = {
     "real_noise": (bool, "against a camera's noise: steps see the image drawn anew"),
     "seed": (SEED, "of noise, weights, masks and dropout"),
     "device": (choose_device, "auto, cpu, cuda, cuda:N or mps"),
-    "init": (text, "checkpoint.pt with weights to begin with; previous: last image's"),
     "resume": (bool, "go on from the checkpoint of an interrupted run"),
     "test_frequency": (COUNT, "steps between ensemble predictions"),
     "num_prediction": (COUNT, "predictions averaged; of a large picture fewer"),
@@ -259,7 +258,6 @@ OPTIONS = {
 IRRELEVANT = ["path", "reference", "resume", "test_frequency", "device", "model_type"]
 IRRELEVANT += ["log_path", "given", "schedule"]
 NAMED = ["sigma", "observed", "mask", "recipe", "kernel_size", "kernel_sigma", "kernel"]
-NAMED += ["init"]
 
 
 def parse_arguments(description, defaults, recipes, argv=None):
@@ -300,12 +298,7 @@ def parse_arguments(description, defaults, recipes, argv=None):
     args.given = {key for key, value in line.items() if value != script.get(key)}
     args.fuse = {"on": True, "off": False}.get(args.fuse)
     args.schedule = recipes[args.recipe].schedule
-    if args.observed and line.get("sigma") == 0 and args.noise_sigma is None:
-        args.noise_sigma, args.sigma = 0.0, script["sigma"]
-        args.given -= {"sigma"}
-        print("--observed --sigma 0 is written --observed --noise_sigma 0 now")
     refuse_contradictions(parser, args)
-    name_idle(args)
     return args
 
 
@@ -328,19 +321,6 @@ def refuse_contradictions(parser, args):
         parser.error("--precision bfloat16 is for --device cpu and cuda")
 
 
-def name_idle(args):
-    """Name the options on the command line that say nothing here."""
-    idle = {"sigma"} if args.observed else set()
-    if getattr(args, "kernel", None):
-        idle |= {"kernel_sigma"}
-        idle |= {"kernel_size"} if args.kernel != "estimate" else set()
-    idle = sorted(f"--{key}" for key in idle & args.given)
-    if idle:
-        print(f"{', '.join(idle)}: without effect here")
-    if args.recipe == "fast" and args.given & {"lr", "iteration"}:
-        print("The recipe is fast, but for your flags; --recipe paper is as published.")
-
-
 def named_settings(args, defaults, psf):
     """Say which options decide the restored pixels: a dictionary, and a folder's name.
 
@@ -352,8 +332,7 @@ def named_settings(args, defaults, psf):
     if args.schedule == "constant":
         del others["iteration"]  # a longer run goes on from a shorter one
     sigma = None if args.observed else args.sigma
-    mask, init = args.mask and contents_name(args.mask), args.init
-    init = contents_name(init) if init not in (None, "previous") else init
+    mask = args.mask and contents_name(args.mask)
     parts = ["observed"] if args.observed else [f"sigma{sigma:g}"]
     parts += [f"mask-{mask}"] if mask else []
     parts += [psf, args.recipe] if psf else [args.recipe]
@@ -363,9 +342,8 @@ def named_settings(args, defaults, psf):
         if value != defaults[key]:
             shown = f"{value:g}" if isinstance(value, bool | float) else value
             parts += [f"{key}-{value}" if type(value) is str else f"{key}{shown}"]
-    parts += [f"init-{init}"] if init else []
     settings = others | {"observed": args.observed, "sigma": sigma, "psf": psf}
-    settings |= {"recipe": args.recipe, "mask": mask, "init": init}
+    settings |= {"recipe": args.recipe, "mask": mask}
     return settings, "_".join(parts)
 
 
@@ -1104,7 +1082,6 @@ class Result:
         if self.args.schedule == "constant":
             del recipe["iteration"]
         arrays = {"image or noise": [observation]}
-        arrays["initial weights"] = learner.initial_weights
         arrays["reference"] = None if self.clean is None else [self.clean]
         sums = {key: digest(array) for key, array in arrays.items()}
         self.made_from = self.settings | recipe | sums
@@ -1392,15 +1369,12 @@ class Run:
         self.args, self.failed, self.begun = args, [], False
         self.started = time.time()
         self.logged, self.drawn = {}, []  # records; their tests
-        self.weights = {}  # channels and the network's width -> those to begin with
         try:
             self.settings = named_settings(args, defaults, psf)
             self.log = Path(args.log_path)
             self.files = find_images(args.path)
             self._share_out()
             self._check()
-            if args.init not in (None, "previous"):
-                self._keep_weights(args.init)
         except (InputError, OSError) as error:
             report(reason(error))
             sys.exit(2)
@@ -1422,13 +1396,10 @@ class Run:
         args, log = self.args, self.log
         if not log.name or log.suffix in (".csv", ".png"):
             raise InputError(f"--log_path {log}: a text file, such as log.txt")
-        if self.world > 1 and args.init == "previous":
-            raise InputError("--init previous goes with one process, not with several")
         if len(self.files) > 1 and args.reference:
             raise InputError("--reference goes with one image, not with several")
         inputs = [stack_of(file) or file for file in self.files]
         inputs += [args.reference, args.mask, getattr(args, "kernel", None)]
-        inputs += [None if args.init == "previous" else args.init]
         inputs = {Path(file).resolve() for file in inputs if file}
         logs = [log, log.with_suffix(".csv"), log.with_suffix(".png"), self._totals()]
         for path in logs:
@@ -1450,29 +1421,12 @@ class Run:
     def _folder(self, path):
         return results_folder(path, self.args.model_type, self.settings[1])
 
-    def _keep_weights(self, checkpoint):
-        saved = read_checkpoint(checkpoint)
-        weights = saved["learner"]["weights"]
-        self.weights[weights[0].shape[1], saved["made_from"]["width"]] = weights
-
-    def initial_weights(self, channels, width):
-        """Return what --init says a network begins with, or None."""
-        previous = self.args.init == "previous"
-        if self.weights and not previous and (channels, width) not in self.weights:
-            ((others, wide),) = self.weights
-            cure = "of a picture with other channels"
-            cure = cure if others != channels else f"it goes with --width {wide:g}"
-            raise InputError(f"{self.args.init}: {cure}")
-        return self.weights.get((channels, width))
-
     @contextmanager
     def image(self, path):
         """Give the Result of one image; report what goes wrong, so that the next goes on."""
         result = Result(path, self.args, *self.settings, self.write_logs)
         try:
             yield result
-            if self.args.init == "previous":
-                self._keep_weights(result.folder / "checkpoint.pt")
         except (KeyboardInterrupt, SystemExit) as stop:
             report(f"{result.name}: interrupted; --resume goes on from its checkpoint")
             sys.exit(stop.code if isinstance(stop, SystemExit) else 130)

@@ -55,20 +55,17 @@ class Self2Self:
         recipe: how to train, a recipes.Recipe: see recipes.adapt.
         seed: of the weights, the masks and the dropout.
         device: where to compute.
-        weights: to start from, another network's: see `network_weights`. None: new ones.
 
     `step` counts the training steps done. `notes` says, in a sentence each, when the
     network has died and started over.
     """
 
-    def __init__(
-        self, y, forward_operator, known, recipe, seed=0, device="cpu", weights=None
-    ):
+    def __init__(self, y, forward_operator, known, recipe, seed=0, device="cpu"):
         tune_cpu()
         y = np.asarray(y)
         known = np.ones((1, *y.shape[1:])) if known is None else np.asarray(known)
         self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
-        self.forward_operator, self.initial_weights = forward_operator, weights
+        self.forward_operator = forward_operator
         self.observed_dtype = y.dtype
         kind = {"dtype": torch.float32, "device": self.device}
         self.y = torch.as_tensor(recipe.scale.to(y) * known, **kind)[None]
@@ -110,10 +107,7 @@ class Self2Self:
             network = Punet(channels, *settings)
             if recipe.initialisation == "tensorflow":
                 initialise_like_tensorflow(network)
-            if self.initial_weights and not attempt:
-                for weight, given in zip(network.parameters(), self.initial_weights):
-                    weight.copy_(given)
-            elif start == "mean":
+            if start == "mean":
                 sums = (self.known * self.y).sum((0, 2, 3))
                 counts = self.known.expand_as(self.y).sum((0, 2, 3)).clamp(min=1)
                 mean = (sums / counts).clamp(0.02, 0.98).cpu()
@@ -121,12 +115,8 @@ class Self2Self:
                 network.decoder[-1][-1].bias.copy_(bias)
         return network
 
-    def network_weights(self):
-        """Return copies of the network's weights, on the CPU."""
-        return [w.detach().cpu().clone() for w in self.network.parameters()]
-
     def _tensors(self):
-        """List every tensor that a training step changes, the network's weights first."""
+        """List every tensor that a training step changes."""
         sums = self.ensemble.tensors() if self.ensemble else ()
         learnt = (*self.network.parameters(), *moments(self.optimizers))
         return [*learnt, self.loss_sum, *self.health.tensors(), *sums]
@@ -135,11 +125,8 @@ class Self2Self:
         """All that the coming steps depend on: numbers, and tensors that steps change."""
         tensors = [tensor.detach() for tensor in self._tensors()]
         numbers = ("step", "loss_steps", "attempt", "lr", "notes")
-        return {
-            "weights": tensors[: len(list(self.network.parameters()))],
-            "tensors": tensors,
-            "masks": self.masks.state(),
-        } | {name: getattr(self, name) for name in numbers}
+        state = {"tensors": tensors, "masks": self.masks.state()}
+        return state | {name: getattr(self, name) for name in numbers}
 
     def load_state_dict(self, state):
         """Go on from a state of the same image, settings and device type, in place."""

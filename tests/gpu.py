@@ -191,7 +191,6 @@ def scripts():
         ("denoise", "--path in/0.png --observed"),
         ("denoise", "--path in/0.png --sigma 0 --missing 0.5"),
         ("denoise", "--path astronaut --crop 128 --bs 2"),
-        ("denoise", "--path in --init previous"),
         ("deblur", "--path camera --crop 256"),
         ("deblur", "--path in/0.png --boundary valid"),
     ):

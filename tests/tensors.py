@@ -49,10 +49,10 @@ def without_pass(pilot, *_):
     yield pilot, torch.zeros_like(pilot)
 
 
-def begun(y, operator=identity, known=None, weights=None, seed=0, device="cpu", **to):
+def begun(y, operator=identity, known=None, seed=0, device="cpu", **to):
     """A learner of y, in y's own units; `to` changes its recipe, `paper`."""
     recipe = replace(RECIPES["paper"], **{"lr": 1e-3, "photons": None} | to)
-    return Self2Self(y, operator, known, recipe, seed, device, weights)
+    return Self2Self(y, operator, known, recipe, seed, device)
 
 
 def train(learner, steps):

@@ -81,7 +81,9 @@ def test_mask_says_what_is_missing(task):
     for value in (255, 1, 0):  # whatever is not 0 is known
         mask[45] = value
         cv2.imwrite("in/mask.tif", mask)
-        flags = "--path in/a.png --mask in/mask.tif --crop 40 --observed --sigma 0"
+        flags = (
+            "--path in/a.png --mask in/mask.tif --crop 40 --observed --noise_sigma 0"
+        )
         assert run(task, flags + ONE_TEST) == 0
         made = folder_of(task)
         assert made.name.startswith("observed_mask-mask-")

@@ -174,26 +174,6 @@ def test_white_noise_of_a_named_level_is_fused_without_photons(task):
         assert noise.sigma() == pytest.approx(sigma)
 
 
-def test_the_old_words_for_no_noise_say_the_new_ones(capsys):
-    args = parse("--observed --sigma 0")
-    assert args.noise_sigma == 0
-    assert "--observed --noise_sigma 0 now" in capsys.readouterr().out
-
-
-def test_options_that_say_nothing_are_named_if_they_were_given(capsys):
-    np.save("psf.npy", np.eye(3))
-    for task, flags, named in (
-        ("denoise", "--observed", ""),
-        ("denoise", "--observed --sigma 25", ""),
-        ("denoise", "--observed --sigma 50", "--sigma: without effect here"),
-        ("deblur", "--kernel psf.npy", ""),
-        ("deblur", "--kernel psf.npy --kernel_size 9", "--kernel_size: without effect"),
-    ):
-        parse(flags, task)
-        out = capsys.readouterr().out
-        assert (named in out) if named else (out == "")
-
-
 @pytest.mark.parametrize("able", [True, False])
 def test_fast_takes_bfloat16_where_the_processor_has_it(able, monkeypatch):
     capabilities = {"avx512_bf16": able, "amx_bf16": False}
@@ -207,17 +187,6 @@ def test_fast_takes_bfloat16_where_the_processor_has_it(able, monkeypatch):
     ):
         assert chosen(flags)[0].precision == precision
     assert not recipes.multiplies_bfloat16(torch.device("cuda"))
-
-
-def test_who_sets_a_rate_or_steps_is_told_of_the_published_recipe(capsys):
-    for flags, lines in (
-        ("", 0),
-        ("--lr 1e-3", 1),
-        ("--iteration 9", 1),
-        ("--recipe paper --lr 1e-3", 0),
-    ):
-        parse(flags)
-        assert capsys.readouterr().out.count("--recipe paper") == lines
 
 
 def test_edited_defaults_are_checked_like_flags(monkeypatch, capsys):
