@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import struct
 import sys
@@ -179,10 +180,20 @@ def text(value):
     return value
 
 
-def choose_device(value):
-    """Turn auto, cpu, cuda, cuda:N or mps into a torch.device that works.
+def device_name(value):
+    """An argparse type: auto, cpu, cuda, cuda:N or mps. Opens nothing."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d*))?", value, re.ASCII):
+        raise argparse.ArgumentTypeError(NO_DEVICE.format(value))
+    return value
+
+
+def open_device(value):
+    """Turn a device's name into a torch.device that works.
 
     Of several processes on a machine (LOCAL_RANK, else RANK) each takes a GPU of its own.
+
+    Raises:
+        InputError: PyTorch cannot use it here.
     """
     import torch  # late: --help has no need of it, and it takes seconds
 
@@ -196,19 +207,19 @@ def choose_device(value):
         device = torch.device(value)
         if device.type == "cuda" and device.index and torch.cuda.is_available():
             torch.cuda.set_device(device)  # or GPU 0 gets a context of each process
-        if device.type in ("cpu", "cuda", "mps"):
-            torch.ones(1, device=device).add(1).item()  # without kernels it fails
-            return device
+        torch.ones(1, device=device).add(1).item()  # without kernels it fails
+        return device
     except (AssertionError, RuntimeError, ValueError) as error:  # PyTorch has them all
         if auto:
             print(f"This PyTorch cannot use {value} ({first_line(error)}): on the CPU.")
             return torch.device("cpu")
-    raise argparse.ArgumentTypeError(
-        f"no device {value!r} that this PyTorch can use on this machine; there are auto, "
-        "cpu, cuda, cuda:N, mps"
-    )
+    raise InputError(f"argument --device: {NO_DEVICE.format(value)}")
 
 
+NO_DEVICE = (
+    "no device {!r} that this PyTorch can use on this machine; there are auto, cpu, "
+    "cuda, cuda:N, mps"
+)
 COUNT = number(int, 1, "a whole number from 1 to 1e9", 10**9 + 1)
 NATURAL = number(int, 0, "a whole number from 0 to 1e9", 10**9 + 1)
 NOT_NEGATIVE = number(float, 0, "a number from 0 to 1e30", 1e30)  # squares are finite
@@ -246,7 +257,7 @@ OPTIONS = {
     "bs": (COUNT, "Bernoulli samples of the observation per step"),
     "real_noise": (bool, "against a camera's noise: steps see the image drawn anew"),
     "seed": (SEED, "of noise, weights, masks and dropout"),
-    "device": (choose_device, "auto, cpu, cuda, cuda:N or mps"),
+    "device": (device_name, "auto, cpu, cuda, cuda:N or mps"),
     "resume": (bool, "go on from the checkpoint of an interrupted run"),
     "test_frequency": (COUNT, "steps between ensemble predictions"),
     "num_prediction": (COUNT, "predictions averaged; of a large picture fewer"),
@@ -299,6 +310,10 @@ def parse_arguments(description, defaults, recipes, argv=None):
     args.fuse = {"on": True, "off": False}.get(args.fuse)
     args.schedule = recipes[args.recipe].schedule
     refuse_contradictions(parser, args)
+    try:
+        args.device = open_device(args.device)  # last: nothing is opened in vain
+    except InputError as error:
+        parser.error(str(error))
     return args
 
 
@@ -317,7 +332,7 @@ def refuse_contradictions(parser, args):
         parser.error("--reference goes with --observed")
     if args.noise_sigma is not None and not args.observed:
         parser.error("--noise_sigma goes with --observed; --sigma is noise to add")
-    if args.precision == "bfloat16" and args.device.type == "mps":
+    if args.precision == "bfloat16" and args.device == "mps":
         parser.error("--precision bfloat16 is for --device cpu and cuda")
 
 
