@@ -13,8 +13,9 @@ import scipy.io
 import network
 import utils
 from network import noise, recipes
-from network.psf import SECOND, doubt, estimate_psf, point
+from network.psf import SECOND, doubt, estimate_psf, fill_unknown, point
 from network.scale import find_scale
+from network.unknown import find_unknown
 
 LARGEST_PSF = 4096  # side, pixels; as --kernel_size
 # What a PSF is wrong by is like noise of at least this sigma, where 255 is the picture's
@@ -173,10 +174,10 @@ def choose_psf(args):
     One that is to be estimated is a point as yet, in an array of its size.
     """
     if args.kernel == "estimate":
-        if not args.observed or args.mask or args.missing:
+        if not args.observed:
             raise utils.InputError(
-                "--kernel estimate goes with --observed, and a whole picture; a file of "
-                "that name is ./estimate"
+                "--kernel estimate goes with --observed; a file of that name is "
+                "./estimate"
             )
         size = (args.kernel_size or 31) // 2 * 2 + 1
         if size != (args.kernel_size or size):
@@ -204,7 +205,6 @@ def choose(args, y, result):
         result.known,
         taken,
         given=vars(args),
-        holes=not known.all(),
         eight_bits=result.eight_bits,
         blurred=True,
     )
@@ -236,12 +236,15 @@ def restore(args, result, psf, blur):
 
     wanted = args.boundary or ("valid" if args.observed else "wrap")
     x, known = result.read(blur.margin) if wanted == "valid" else result.read()
+    if args.observed:
+        known = result.leave_out(*find_unknown(x, known > 0, guess=not args.mask))
     if args.kernel == "estimate":
-        psf = estimate(result, x[result.place], len(psf))
+        whole = fill_unknown(x[result.place], known[result.place] > 0)
+        psf = estimate(result, whole, len(psf))
         blur = CircularBlur(psf)
     n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
     blurred = blur(torch.from_numpy(x)[None])[0].numpy()
-    y = known * (x if args.observed else blurred + n)
+    y = np.where(known, x if args.observed else blurred + n, 0)
     recipe, found = choose(args, y, result)
     learner = network.Self2Self(y, blur, known, recipe, args.seed, args.device)
     result.begin(learner, y, found, psf, n=n, blurred=blurred)

@@ -2,9 +2,12 @@
 
 import sys
 
+import numpy as np
+
 import network
 import utils
 from network import noise, recipes
+from network.unknown import find_unknown
 
 DEFAULTS = {
     # What to restore
@@ -55,7 +58,6 @@ def choose(args, y, result):
         result.known,
         found,
         given=vars(args),
-        holes=not known.all(),
         eight_bits=result.eight_bits,
     )
     return recipe, found
@@ -64,8 +66,10 @@ def choose(args, y, result):
 def restore(args, result):
     """Learn one picture, and write its results."""
     x, known = result.read()
+    if args.observed:
+        known = result.leave_out(*find_unknown(x, known > 0, guess=not args.mask))
     n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
-    y = known * (x if args.observed else x + n)
+    y = np.where(known, x if args.observed else x + n, 0)
     recipe, found = choose(args, y, result)
     learner = network.Self2Self(y, identity, known, recipe, args.seed, args.device)
     result.begin(learner, y, found, n=n)

@@ -319,13 +319,10 @@ def parse_arguments(description, defaults, recipes, argv=None):
 
 def refuse_contradictions(parser, args):
     """Exit where flags contradict each other."""
-    noise = args.noise_sigma != 0 if args.observed else args.sigma
     if args.fuse and (args.drop_rate == 0 or args.num_prediction == 1):
         parser.error("--fuse on needs a --drop_rate and several predictions")
     if args.mask and args.missing:
         parser.error("--mask and --missing: one of them says which pixels are missing")
-    if args.fuse and (args.mask or args.missing) and (noise or "kernel" in args):
-        parser.error("--fuse on: with missing pixels, no noise (--sigma 0) and no blur")
     if Path(args.model_type).name != args.model_type or args.model_type == "..":
         parser.error(f"--model_type {args.model_type!r}: no name of a folder")
     if args.reference and not args.observed:
@@ -369,6 +366,7 @@ SUFFIXES = (".png", *JPEG, *TIFF)
 SMALLEST_SIDE = 32  # pixels: five poolings
 LARGEST = 2**25  # pixels of a plane: a tiny file may claim any size
 RESOLUTION, ORIENTATION = 282, 274  # tags; an orientation of 1 is upright
+NODATA = 42113  # GDAL's tag: the number, as text, where nothing was measured
 # A TIFF's photometric: its name for the writer, and how many samples are colours.
 COLOURS = {0: ("miniswhite", 1), 1: ("minisblack", 1), 2: ("rgb", 3), 3: ("palette", 1)}
 ALPHAS = {0: "unspecified", 1: "assocalpha", 2: "unassalpha"}
@@ -384,6 +382,7 @@ class Picture(NamedTuple):
     """
 
     image: np.ndarray  # (C, H, W), C = 1 or 3 (red, green, blue), cropped
+    absent: np.ndarray | None  # (C, H, W), True where by the file nothing was measured
     uncropped: str  # the file's size and kind
     alpha: np.ndarray | None  # (H, W), the file's own numbers
     dtype: np.dtype
@@ -427,12 +426,18 @@ class Picture(NamedTuple):
     def part(self, place):
         """Return a part of it, by slices of (C, H, W)."""
         alpha = None if self.alpha is None else self.alpha[place[1:]]
-        return self._replace(image=np.ascontiguousarray(self.image[place]), alpha=alpha)
+        absent = None if self.absent is None else self.absent[place]
+        image = np.ascontiguousarray(self.image[place])
+        return self._replace(image=image, absent=absent, alpha=alpha)
 
 
 def black_and_white(image):
-    """Return what black and white are: 0, 1, or for values beyond them the extremes."""
-    low, high = float(image.min()), float(image.max())
+    """Return what black and white are: 0, 1, or for values beyond them the extremes.
+
+    Those of finite values.
+    """
+    image = image[np.isfinite(image)]
+    low, high = (float(image.min()), float(image.max())) if image.size else (0.0, 1.0)
     if low >= 0 and high <= 1:
         return 0.0, 1.0
     return low, high if high > low else low + 1
@@ -445,7 +450,7 @@ def quantise(image, dtype, peak):
     """
     numbers = np.asarray(image, np.float64) * peak
     if dtype.kind in "ui":
-        numbers = np.rint(numbers).clip(np.iinfo(dtype).min, peak)
+        numbers = np.rint(np.nan_to_num(numbers)).clip(np.iinfo(dtype).min, peak)
     return numbers.astype(dtype)
 
 
@@ -477,7 +482,10 @@ def read_picture(path, crop=0):
         raise InputError(f"{path}: {fault}")
     color, alpha = pixels[..., :stored], pixels[..., stored:]
     alpha = alpha[..., 0] if alpha.size else None
-    if (color == color[..., :1]).all():
+    alike = color == color[..., :1]
+    if color.dtype.kind == "f":
+        alike |= np.isnan(color) & np.isnan(color[..., :1])
+    if alike.all():
         color = color[..., :1]
     dtype = pixels.dtype
     peak = {"u": 2**bits - 1, "i": 2 ** (bits - 1) - 1, "f": 1}[dtype.kind]
@@ -485,7 +493,28 @@ def read_picture(path, crop=0):
     image = color.transpose(2, 0, 1)
     image = np.divide(image, peak, dtype=np.float64 if wide else np.float32, order="C")
     uncropped = describe(len(image), height, width)
-    return Picture(image, uncropped, alpha, dtype, peak, stored, suffix, written)
+    absent = find_absent(color.transpose(2, 0, 1), alpha, written)
+    return Picture(
+        image, absent, uncropped, alpha, dtype, peak, stored, suffix, written
+    )
+
+
+def find_absent(numbers, alpha, written):
+    """Tell where a file says that nothing was measured; None where it is everywhere.
+
+    Args:
+        numbers: the file's, (C, H, W).
+        alpha: (H, W), or None.
+        written: arguments of the encoder.
+    """
+    absent = np.zeros(numbers.shape, bool)
+    if alpha is not None and written.get("extrasamples") != ["unspecified"]:
+        absent |= alpha == 0
+    for code, _, _, text, _ in written.get("extratags", ()):
+        with suppress(ValueError):  # of a driver that writes no number
+            if code == NODATA:
+                absent |= numbers == numbers.dtype.type(float(text))
+    return absent if absent.any() and not absent.all() else None
 
 
 def unusable(pixels, jpeg):
@@ -497,7 +526,7 @@ def unusable(pixels, jpeg):
         return "no JPEG, whatever its name says; rename it"
     if min(height, width) < SMALLEST_SIDE:
         return f"{width}x{height} pixels; a side needs {SMALLEST_SIDE} or more"
-    return None if np.isfinite(pixels).all() else "it holds NaN or infinite pixels"
+    return None
 
 
 def read_pixels(path):
@@ -721,6 +750,9 @@ def tiff_arguments(path, series):
     if ORIENTATION in page.tags:
         turned = page.tags[ORIENTATION].value
         arguments["extratags"] = [(ORIENTATION, "H", 1, turned, True)]
+    if NODATA in page.tags:
+        tag = (NODATA, "s", 0, str(page.tags[NODATA].value), True)
+        arguments["extratags"] = [*arguments.get("extratags", ()), tag]
     return {
         key: value
         for key, value in arguments.items()
@@ -849,18 +881,22 @@ def score(image, clean):
     """PSNR in dB and SSIM (Wang et al. 2004) of an image (C, H, W).
 
     Their peak is 1, or the reference's range where it leaves [0, 1], as scikit-image has
-    it. The image is clipped to [0, 1], and to no other range.
+    it. The image is clipped to [0, 1], and to no other range. Entries that are not finite
+    in the clean image are not scored.
     """
     low, high = black_and_white(clean)
     wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    squares, ssim = 0.0, 0.0
+    squares, ssim, count = 0.0, 0.0, 0
     for ours, its in zip(image, clean):  # by channel, for memory's sake
         ours = np.clip(ours, 0, 1) if (low, high) == (0, 1) else ours
+        scored = np.isfinite(its)
+        ours, its = (np.where(scored, x, low) for x in (ours, its))
         ours, its = (np.float32((x - low) / (high - low)) for x in (ours, its))
-        squares += np.square(ours - its, dtype=np.float64).mean() / len(image)
+        squares += np.square(ours - its, dtype=np.float64).sum()
         ssim += structural_similarity(ours, its, data_range=1, **wang) / len(image)
+        count += scored.sum()
     with np.errstate(divide="ignore"):
-        return float(-10 * np.log10(squares)), float(ssim)
+        return float(-10 * np.log10(squares / max(count, 1))), float(ssim)
 
 
 # --- drawing -------------------------------------------------------------------------
@@ -994,6 +1030,7 @@ class Result:
         self.write_logs = write_logs
         self.folder = results_folder(path, args.model_type, settings_name)
         self.rows, self.notes, self.seconds, self.begun = [], [], 0.0, False
+        self.gaps = self.as_read = None
         self.saved = self.saved_at = self.bar = None  # saved: what to go on from
 
     def read(self, margin=((0, 0), (0, 0))):
@@ -1032,12 +1069,57 @@ class Result:
             fits = len(reference.image) <= len(picture.image)
             self._refuse_misfit(self.args.reference, reference, picture, fits)
             self.clean = np.broadcast_to(reference.image, picture.image.shape)
+            if reference.absent is not None:
+                self.clean = np.where(reference.absent, np.nan, self.clean)
+        if not self.args.observed and not np.isfinite(image).all():
+            raise InputError(
+                f"{self.path}: it holds NaN or infinite pixels; with --observed they "
+                "are unknown"
+            )
         inner = np.zeros((1, *image.shape[1:]), np.float32)
         inner[self.place] = 1
         self.known = known * inner
+        if self.args.observed and picture.absent is not None:
+            absent = np.zeros(image.shape, bool)
+            absent[self.place] = picture.absent
+            image = np.where(absent, np.nan, image)
+        self._refuse_nothing()
+        return image, self.known
+
+    def _refuse_nothing(self):
         if not self.known.any():
             raise InputError(f"{self.path}: every pixel is missing")
-        return image, self.known
+
+    def leave_out(self, gaps, outliers):
+        """Take entries for unknown; say how many, and why.
+
+        Args:
+            gaps, outliers: (C, H, W), bool, with a margin: see network.unknown. Gaps come
+                back as they were, outliers as they are predicted.
+
+        Returns:
+            What is known then: see `read`.
+        """
+        known = np.where(gaps | outliers, np.float32(0), self.known)
+        if (known == known[:1]).all():
+            known = known[:1]
+        gaps, outliers = ((x & (self.known > 0))[self.place] for x in (gaps, outliers))
+        self.known = known
+        self._refuse_nothing()
+        if not (gaps.any() or outliers.any()):
+            return known
+        self.gaps, self.as_read = gaps, self.picture.image
+        self.picture = self.picture._replace(
+            image=np.where(gaps | outliers, np.nan, self.picture.image)
+        )
+        if self.clean is not None:
+            self.clean = np.where(gaps, np.nan, self.clean)
+            self.clean = self.clean if np.isfinite(self.clean).any() else None
+        why = ("not measured (they come back as they are)", gaps.sum())
+        why = why, ("far off all their neighbours (they are predicted)", outliers.sum())
+        why = ", ".join(f"{n} {reason}" for reason, n in why if n)
+        tqdm.write(f"{self.name}: {why}: unknown, of {gaps.size} entries")
+        return known
 
     def _known(self, picture):
         """Return what --mask or --missing say is known of a picture: see `read`."""
@@ -1085,7 +1167,11 @@ class Result:
             )
         if (learner.recipe.noise or 0) > 100 * 255:
             raise InputError(f"{self.path}: noise over 100 times the picture's range")
-        self.observation = observation = np.ascontiguousarray(observation[self.place])
+        observation = np.ascontiguousarray(observation[self.place])
+        if self.as_read is not None:
+            left_out = np.isnan(self.picture.image)
+            observation = np.where(left_out, self.as_read, observation)
+        self.observation = observation
         # Without noise and blur what is known is the result.
         self.noiseless = noise.kind == "none" and psf is None
         self.iteration = learner.recipe.iteration
@@ -1215,6 +1301,8 @@ class Result:
         if self.noiseless:
             known = self.known[self.place]
             images = [np.where(known, self.observation, x) for x in images]
+        if self.gaps is not None:
+            images = [np.where(self.gaps, self.as_read, x) for x in images]
         peak, step = self.picture.peak, learner.step
         result, scores, plain = images[-1], None, None
         if self.clean is not None:
@@ -1234,7 +1322,7 @@ class Result:
         panels += [("restored", result, scores)]
         panels += [] if self.clean is None else [("clean", self.clean, None)]
         # of a dark picture of 16 bits nothing would be seen
-        ends = (0, 1) if self.eight_bits else np.quantile(result, (TAIL, 1 - TAIL))
+        ends = (0, 1) if self.eight_bits else np.nanquantile(result, (TAIL, 1 - TAIL))
         write_atomically(self.folder / "comparison.png", comparison(panels, ends))
         self._write_record()
         self.write_logs()

@@ -62,8 +62,8 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
         variance: of the predictions, by plane, of the same shape.
         observation: y, likewise.
-        known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W). Made for
-            a margin; for holes see missing.fuse.
+        known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W). Elsewhere
+            f stands in y's place. For holes without noise see missing.fuse.
         sigma: s, standard deviation of y's white noise on the 0-255 scale. None: it is
             not known, and all of the residual counts as noise. Under a blur that is
             nearly so, for A leaves little of the error of f.

@@ -137,7 +137,6 @@ def adapt(
     noise=None,
     *,
     given=None,
-    holes=False,
     eight_bits=False,
     blurred=False,
 ):
@@ -152,14 +151,15 @@ def adapt(
         noise: y's, a noise.Noise; None: it is found, from what is known of y.
         given: what is to be otherwise: Recipe's fields, `real_noise`, `num_prediction` and
             `device` (a torch.device) -> value. None, and any other key, says nothing.
-        holes: whether entries are missing that could have been observed.
         eight_bits: whether y comes from a file of 8 bits, 255 being 1: `paper` takes it as
             it is, and photons are counted in its units.
         blurred: whether y is blurred.
     """
     recipe = RECIPES[name]
     given = {k: v for k, v in (given or {}).items() if v is not None}
-    known = np.ones((1, 1, 1)) if known is None else known
+    known = np.ones((1, *y.shape[1:])) if known is None else known
+    y = np.where(known, y, 0)  # NaN is nothing there
+    holes = not blurred and not known.all()  # a blur's margin is none
     noise = noise or find_noise(y, known)
     nothing = noise.kind == "none" and not blurred
     evened = recipe.own_scale and not (blurred or nothing or noise.is_even())
@@ -168,10 +168,9 @@ def adapt(
     scale = UNIT if as_published else find_scale(y, known, blurred, lines)
     sigma = 0.0 if nothing else noise.sigma()
     sigma = None if sigma is None else scale.level(sigma)
-    filled = holes and not blurred and sigma == 0
     fuse = noise.is_white() and (evened or noise.is_even()) and sigma > 0
     fuse = fuse or (blurred and noise.kind == "compressed")
-    fuse = recipe.fuse and (filled or (fuse and not holes))
+    fuse = recipe.fuse and (fuse or (holes and nothing))
     level = sigma if noise.is_white() and not blurred else UNKNOWN_SIGMA
     values = dataclasses.asdict(recipe) | {"scale": scale, "noise": sigma, "fuse": fuse}
     values["absolute"] = eight_bits and recipe.own_scale and not lines

@@ -68,7 +68,8 @@ class Self2Self:
         self.forward_operator = forward_operator
         self.observed_dtype = y.dtype
         kind = {"dtype": torch.float32, "device": self.device}
-        self.y = torch.as_tensor(recipe.scale.to(y) * known, **kind)[None]
+        y = recipe.scale.to(np.where(known, y, 0))  # NaN is nothing there
+        self.y = torch.as_tensor(y * known, **kind)[None]
         self.known = torch.as_tensor(known, **kind)[None]
         scale = recipe.scale if recipe.absolute else UNIT
         self.black, self.unit = -scale.offset / scale.span, scale.span  # of photons
@@ -276,7 +277,7 @@ class Self2Self:
         try:
             mean, variance = restored.mean, restored.variance
             variance = variance / (scale.slope(mean) ** 2).mean(0)
-            if not self.window.reach and not self.known.all():  # holes, not a margin
+            if self.recipe.noise == 0 and not (self.window.reach or self.known.all()):
                 fused, error = missing.fuse(mean, variance, *seen)
             else:
                 others = self.recipe.noise, self.forward_operator
