@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from network.checks import check_observation
 from network.noise import find_noise
 from network.scale import UNIT, Scale, find_scale
 
@@ -156,10 +157,12 @@ def adapt(
         eight_bits: whether y comes from a file of 8 bits, 255 being 1: `paper` takes it as
             it is, and photons are counted in its units.
         blurred: whether y is blurred.
+
+    Raises:
+        ValueError: y or known has another shape or type; a sentence says which.
     """
-    recipe = RECIPES[name]
+    recipe, (y, known) = RECIPES[name], check_observation(y, known)
     given = {k: v for k, v in (given or {}).items() if v is not None}
-    known = np.ones((1, 1, 1)) if known is None else known
     noise = noise or find_noise(y, known)
     nothing = noise.kind == "none" and not blurred
     evened = recipe.own_scale and not (blurred or nothing or noise.is_even())

@@ -4,10 +4,10 @@ import copy
 import functools
 import itertools
 
-import numpy as np
 import torch
 
 from network import fusion, health, missing
+from network.checks import check_observation, check_operator
 from network.cpu import keep_memory, tune_cpu
 from network.ensemble import Ensemble, Restoration
 from network.masks import BernoulliMasks, flip
@@ -46,15 +46,20 @@ class Self2Self:
     `predict` and `fuse` give is in y's units.
 
     Args:
-        y: the observation, (C, H, W), float, in any units, not clipped.
+        y: the observation, (C, H, W), float, in any units, not clipped; of fewer than 32
+            channels, its sides 32 pixels or more.
         forward_operator: A, of y = A(x) + n, from and to (N, C, H, W): the identity for
             denoising. It keeps a constant. One that looks around takes the picture as
-            periodic, and has `reach`, how many pixels it looks.
+            periodic, and has `reach`, how many pixels it looks: above 0. It is applied
+            to y once, as a check.
         known: 1 where an entry of y is known, else 0; (C, H, W) or (1, H, W). An unknown
             entry is neither seen nor judged. None: all are known.
         recipe: how to train, a recipes.Recipe: see recipes.adapt.
         seed: of the weights, the masks and the dropout.
         device: where to compute.
+
+    Raises:
+        ValueError: y, known or the operator is none of these; a sentence says why.
 
     `step` counts the training steps done. `notes` says, in a sentence each, when the
     network has died and started over.
@@ -62,8 +67,7 @@ class Self2Self:
 
     def __init__(self, y, forward_operator, known, recipe, seed=0, device="cpu"):
         tune_cpu()
-        y = np.asarray(y)
-        known = np.ones((1, *y.shape[1:])) if known is None else np.asarray(known)
+        y, known = check_observation(y, known)
         self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
         self.forward_operator = forward_operator
         self.observed_dtype = y.dtype
@@ -72,6 +76,7 @@ class Self2Self:
         self.known = torch.as_tensor(known, **kind)[None]
         scale = recipe.scale if recipe.absolute else UNIT
         self.black, self.unit = -scale.offset / scale.span, scale.span  # of photons
+        check_operator(forward_operator, self.y)
         self.health = health.Health(self.y, self.known, recipe.bend)
         self.masks = BernoulliMasks(self.device, seed, 0)
         reach = getattr(forward_operator, "reach", 0)
@@ -266,11 +271,11 @@ class Self2Self:
             restored: the Restoration that `predict` gave.
 
         Returns:
-            The fused restoration and its predicted squared error, (C, H, W), in y's
-            units; None where the recipe does not fuse.
+            The restoration and its predicted squared error, (C, H, W), in y's units.
+            Where the recipe does not fuse, the ensemble's own image, and None.
         """
         if not self.recipe.fuse:
-            return None
+            return restored.image, None
         scale, seen = self.recipe.scale, (self.y[0], self.known[0])
         keep_memory(2**26, 2**28)  # of a large picture's tensors there are many
         try:
