@@ -13,7 +13,8 @@ import scipy.io
 import network
 import utils
 from network import noise, recipes
-from network.psf import SECOND, doubt, estimate_psf, fill_unknown, point
+from network.noise import fill_unknown
+from network.psf import SECOND, doubt, estimate_psf, point
 from network.scale import find_scale
 from network.unknown import find_unknown
 
@@ -189,11 +190,22 @@ def choose_psf(args):
     return gaussian_psf(size, sigma), f"gaussian{size}-{sigma:g}"
 
 
-def choose(args, y, result):
+def at_white(y, known):
+    """Tell where y (C, H, W) has the largest known value of its channel.
+
+    There a lamp or a white sky may have been brighter than the sensor's white.
+    """
+    known = np.broadcast_to(known > 0, y.shape)
+    white = y.max((1, 2), keepdims=True, where=known, initial=-np.inf)
+    return known & (y == white)
+
+
+def choose(args, y, result, clipped):
     """Return this picture's recipe, and its noise: told, a camera's, or found."""
     sigma = args.noise_sigma if args.observed else args.sigma
     seen, known = y[result.place], result.known[result.place]
-    found = noise.noise_of(seen, known, sigma, args.real_noise)
+    measured = known if clipped is None else known * ~clipped[result.place]
+    found = noise.noise_of(seen, measured, sigma, args.real_noise)
     error = ESTIMATED_ERROR if args.kernel == "estimate" else MEASURED_ERROR
     filled = find_scale(seen, known, blurred=True).span  # hot pixels lie beyond
     least, taken = error * min(np.ptp(seen), filled), found
@@ -245,15 +257,18 @@ def restore(args, result, psf, blur):
     n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
     blurred = blur(torch.from_numpy(x)[None])[0].numpy()
     y = np.where(known, x if args.observed else blurred + n, 0)
-    recipe, found = choose(args, y, result)
-    learner = network.Self2Self(y, blur, known, recipe, args.seed, args.device)
+    clipped = at_white(y, known) if args.observed else None
+    recipe, found = choose(args, y, result, clipped)
+    learner = network.Self2Self(
+        y, blur, known, recipe, args.seed, args.device, clipped=clipped
+    )
     result.begin(learner, y, found, psf, n=n, blurred=blurred)
     result.resume(learner)  # with --resume
     while learner.step < recipe.iteration:
         learner.train_step()  # a network that dies starts over, at step 0
         if result.is_test(learner.step) and learner.alive():
             restored = learner.predict(args.num_prediction, result.advance)
-            result.add(learner, restored, learner.fuse(restored))
+            result.add(learner, restored, *learner.fuse(restored))
         result.keep(learner)
     result.finish()
 

@@ -78,7 +78,7 @@ def restore(args, result):
         learner.train_step()  # a network that dies starts over, at step 0
         if result.is_test(learner.step) and learner.alive():
             restored = learner.predict(args.num_prediction, result.advance)
-            result.add(learner, restored, learner.fuse(restored))
+            result.add(learner, restored, *learner.fuse(restored))
         result.keep(learner)
     result.finish()
 

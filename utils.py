@@ -1283,19 +1283,18 @@ class Result:
         every = self.args.test_frequency
         return step > 0 and (step % every == 0 or step == self.iteration)
 
-    def add(self, learner, restored, fused=None):
+    def add(self, learner, restored, image, error):
         """Take a test into the record, and write its pictures.
 
         Args:
             learner: the network.Self2Self, which has just predicted.
             restored: the ensemble's Restoration, with its margin.
-            fused: the result of fusing, and its predicted squared error, (C, H, W).
+            image, error: what the learner's `fuse` made of it.
 
         Raises:
             FloatingPointError: the restoration is not finite; nothing is written.
         """
-        images = [restored.image, *(fused or ())[:1]]
-        images = [image[self.place] for image in images]
+        images = [x[self.place] for x in (restored.image, image)]
         if not all(np.isfinite(image).all() for image in images):
             raise FloatingPointError("the output is not finite; lower --lr")
         if self.noiseless:
@@ -1307,13 +1306,12 @@ class Result:
         result, scores, plain = images[-1], None, None
         if self.clean is not None:
             scores = score(result, self.clean)
-            plain = score(images[0], self.clean)[0] if fused else scores[0]
+            plain = scores[0] if error is None else score(images[0], self.clean)[0]
         seconds = time.perf_counter() - self.started
         scores_or_none = scores or (None, None)
         self.rows.append((step, learner.mean_loss(), *scores_or_none, plain, seconds))
-        if fused:
-            error = peak**2 * fused[1][self.place]
-            save_mat(self.folder / "error.mat", "error", error)
+        if error is not None:
+            save_mat(self.folder / "error.mat", "error", peak**2 * error[self.place])
         for name in (f"Self2Self-{step}.png", f"restored{self.picture.suffix}"):
             self.picture.save(self.folder / name, result)
         deviation = peak * np.sqrt(restored.variance[self.place].mean(0))

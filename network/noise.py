@@ -20,6 +20,7 @@ BLOCKS, LEAST = 2**16, 60  # how many are looked at, about; how many are needed
 ORDER = np.add.outer(np.arange(SIDE), np.arange(SIDE)).ravel()  # of frequencies, u + v
 LOW, MIDDLE = (ORDER >= 1) & (ORDER <= 3), (ORDER >= 4) & (ORDER <= 6)
 HIGH, HIGHEST = ORDER >= 7, ORDER >= 9
+ENOUGH, FILLED = 1000, 0.125  # blocks without filled entries; share of these elsewhere
 FEW = 0.05  # share of a block's entries that may be clipped
 BINS = 10  # of levels, with as many blocks each
 SHARES = 0.02, 0.04, 0.08, 0.16, 0.32  # of a bin's blocks, the flattest
@@ -128,6 +129,7 @@ def find_noise(y, known):
         own = iter(noise.lines)
         lines = (next(own) if varies else noise.lines[0] for varies in varying)
         return noise._replace(lines=tuple(lines) if noise.lines else ())
+    y = fill_unknown(y, known)
     blocks = _whole_blocks(y, known)
     if blocks.shape[1] < LEAST:
         return Noise("unknown")
@@ -167,6 +169,24 @@ def find_noise(y, known):
     return Noise("none" if little else "unknown" if unknown else "white", even, ends)
 
 
+def fill_unknown(y, known):
+    """Fill the unknown entries of a picture (C, H, W) with the median of those nearby.
+
+    Args:
+        y: the picture; unknown entries may be NaN.
+        known: where an entry is known, (C, H, W) or (1, H, W), bool.
+    """
+    filled = np.array(y)
+    for plane, at in zip(filled, np.broadcast_to(known, y.shape)):
+        if at.any() and not at.all():
+            nearest = scipy.ndimage.distance_transform_edt(
+                ~at, return_distances=False, return_indices=True
+            )
+            plane[:] = plane[tuple(nearest)]
+            plane[~at] = scipy.ndimage.median_filter(plane, 5)[~at]
+    return filled
+
+
 def _blocks(x, step):
     """Return the blocks (C, rows, columns, SIDE, SIDE) of x (C, H, W), each step-th."""
     window = np.lib.stride_tricks.sliding_window_view(x, (SIDE, SIDE), (1, 2))
@@ -174,14 +194,19 @@ def _blocks(x, step):
 
 
 def _whole_blocks(y, known):
-    """Return blocks (C, n, SIDE, SIDE) of known entries that vary and are not clipped."""
+    """Return blocks (C, n, SIDE, SIDE) that vary, are known and are not clipped.
+
+    Where few are, some of a block's entries may be filled.
+    """
     clipped = np.zeros(y.shape, bool)
     for channel, at in zip(y, clipped):
         for end in (channel.min(), channel.max()):
             at |= channel == end
     step = max(2, math.ceil(math.sqrt(y[0].size / BLOCKS)))
     blocks, known, clipped = (_blocks(x, step) for x in (y, known, clipped))
-    usable = known.all((0, 3, 4)) & (np.ptp(blocks, (3, 4)) > 0).all(0)
+    missing = (~known).mean((0, 3, 4))
+    most = 0 if (missing == 0).sum() >= ENOUGH else FILLED
+    usable = (missing <= most) & (np.ptp(blocks, (3, 4)) > 0).all(0)
     clipped = clipped.mean((0, 3, 4))
     return blocks[:, usable & (clipped <= min(np.quantile(clipped, FEW), FEW))]
 
@@ -279,8 +304,12 @@ def _is_on_grid(y, known):
     ends = extremes(gray.ravel())  # hot pixels lie beyond
     gray = gray.clip(*ends)
     full = scipy.ndimage.binary_opening(np.isin(gray, ends), np.ones((1, 3, 3)))
-    blocks, seen = (_blocks(x, 1)[0] for x in (gray, known.all(0)[None] & ~full))
-    usable = seen.all((2, 3)) & (np.ptp(blocks, (2, 3)) > 0)
+    holes = ~known.all(0, keepdims=True)
+    blocks, full, holes = (_blocks(x, 1)[0] for x in (gray, full, holes))
+    usable = holes.mean((2, 3)) <= FILLED
+    if usable.sum() < (holes.mean((2, 3)) < 1).sum() / 2:  # too few to tell
+        return False
+    usable &= ~full.any((2, 3)) & (np.ptp(blocks, (2, 3)) > 0)
     spectra = scipy.fft.dctn(blocks, axes=(2, 3), norm="ortho")
     high, shares = spectra.reshape(*spectra.shape[:2], SIDE**2)[..., ORDER >= 5], []
     for i, j in itertools.product(range(SIDE), repeat=2):

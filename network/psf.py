@@ -63,24 +63,6 @@ def estimate_psf(y, size, sparse=SPARSE):
     return _normal(psf, *FINE[1:])
 
 
-def fill_unknown(y, known):
-    """Fill the unknown entries of a picture (C, H, W) with the median of those nearby.
-
-    Args:
-        y: the picture; unknown entries may be NaN.
-        known: where an entry is known, (C, H, W) or (1, H, W), bool.
-    """
-    filled = np.array(y)
-    for plane, at in zip(filled, np.broadcast_to(known, y.shape)):
-        if at.any() and not at.all():
-            nearest = scipy.ndimage.distance_transform_edt(
-                ~at, return_distances=False, return_indices=True
-            )
-            plane[:] = plane[tuple(nearest)]
-            plane[~at] = scipy.ndimage.median_filter(plane, 5)[~at]
-    return filled
-
-
 def _finest(gray):
     """Return the last scale at which a picture (H, W) shows detail in some direction."""
     window = np.outer(*map(np.hanning, gray.shape))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from network.noise import find_noise
+from network.checks import check_observation
+from network.noise import LEAST_SIGMA, find_noise
 from network.scale import UNIT, Scale, find_scale
 
 UNKNOWN_SIGMA = 25  # taken where the noise is not known
@@ -154,11 +155,12 @@ def adapt(
         eight_bits: whether y comes from a file of 8 bits, 255 being 1: `paper` takes it as
             it is, and photons are counted in its units.
         blurred: whether y is blurred.
+
+    Raises:
+        ValueError: y or known has another shape or type; a sentence says which.
     """
-    recipe = RECIPES[name]
+    recipe, (y, known) = RECIPES[name], check_observation(y, known)
     given = {k: v for k, v in (given or {}).items() if v is not None}
-    known = np.ones((1, *y.shape[1:])) if known is None else known
-    y = np.where(known, y, 0)  # NaN is nothing there
     holes = not blurred and not known.all()  # a blur's margin is none
     noise = noise or find_noise(y, known)
     nothing = noise.kind == "none" and not blurred
@@ -168,6 +170,8 @@ def adapt(
     scale = UNIT if as_published else find_scale(y, known, blurred, lines)
     sigma = 0.0 if nothing else noise.sigma()
     sigma = None if sigma is None else scale.level(sigma)
+    if holes and noise.is_white() and sigma < LEAST_SIGMA:
+        nothing, sigma = True, 0.0  # known entries help more as they are
     fuse = noise.is_white() and (evened or noise.is_even()) and sigma > 0
     fuse = fuse or (blurred and noise.kind == "compressed")
     fuse = recipe.fuse and (fuse or (holes and nothing))

@@ -4,10 +4,10 @@ import copy
 import functools
 import itertools
 
-import numpy as np
 import torch
 
 from network import fusion, health, missing
+from network.checks import check_observation, check_operator
 from network.cpu import keep_memory, tune_cpu
 from network.ensemble import Ensemble, Restoration
 from network.masks import BernoulliMasks, flip
@@ -20,6 +20,8 @@ from network.windows import Window, tiles
 PREDICTION_PIXELS = {"cuda": 2**20, "cpu": 1, "mps": 2**18}
 FULL_ENSEMBLE = 2**18  # pixels of a picture up to which an ensemble has its full size
 ATTEMPT_SEED = 1_000_003  # between the seeds of a network's attempts
+LOSS_EVERY = 10  # steps between two losses that are kept
+COUNTED = ("step", "loss_steps", "attempt", "lr", "notes", "losses")  # not tensors
 
 
 def dropped_loss(degraded, y, judged):
@@ -46,33 +48,52 @@ class Self2Self:
     `predict` and `fuse` give is in y's units.
 
     Args:
-        y: the observation, (C, H, W), float, in any units, not clipped.
+        y: the observation, (C, H, W), float, in any units, not clipped; of fewer than 32
+            channels, its sides 32 pixels or more.
         forward_operator: A, of y = A(x) + n, from and to (N, C, H, W): the identity for
             denoising. It keeps a constant. One that looks around takes the picture as
-            periodic, and has `reach`, how many pixels it looks.
+            periodic, and has `reach`, how many pixels it looks: above 0. It is applied
+            to y once, as a check.
         known: 1 where an entry of y is known, else 0; (C, H, W) or (1, H, W). An unknown
             entry is neither seen nor judged. None: all are known.
         recipe: how to train, a recipes.Recipe: see recipes.adapt.
         seed: of the weights, the masks and the dropout.
         device: where to compute.
+        clipped: True where y is at its sensor's white, (C, H, W), bool: there A(x) is y or
+            more. None: nowhere.
+
+    Raises:
+        ValueError: y, known or the operator is none of these; a sentence says why.
 
     `step` counts the training steps done. `notes` says, in a sentence each, when the
-    network has died and started over.
+    network has died and started over. `losses` are those of every LOSS_EVERY-th step; the
+    last few are still on the device: see `read_losses`.
     """
 
-    def __init__(self, y, forward_operator, known, recipe, seed=0, device="cpu"):
+    def __init__(
+        self,
+        y,
+        forward_operator,
+        known,
+        recipe,
+        seed=0,
+        device="cpu",
+        clipped=None,
+    ):
         tune_cpu()
-        y = np.asarray(y)
-        known = np.ones((1, *y.shape[1:])) if known is None else np.asarray(known)
+        y, known = check_observation(y, known)
         self.recipe, self.seed, self.device = recipe, seed, torch.device(device)
         self.forward_operator = forward_operator
         self.observed_dtype = y.dtype
         kind = {"dtype": torch.float32, "device": self.device}
-        y = recipe.scale.to(np.where(known, y, 0))  # NaN is nothing there
-        self.y = torch.as_tensor(y * known, **kind)[None]
+        self.y = torch.as_tensor(recipe.scale.to(y) * known, **kind)[None]
         self.known = torch.as_tensor(known, **kind)[None]
+        self.clipped = None
+        if clipped is not None:
+            self.clipped = torch.as_tensor(clipped, device=self.device)[None]
         scale = recipe.scale if recipe.absolute else UNIT
         self.black, self.unit = -scale.offset / scale.span, scale.span  # of photons
+        check_operator(forward_operator, self.y)
         self.health = health.Health(self.y, self.known, recipe.bend)
         self.masks = BernoulliMasks(self.device, seed, 0)
         reach = getattr(forward_operator, "reach", 0)
@@ -88,10 +109,12 @@ class Self2Self:
         self.ensemble = None  # of the training's own predictions
         if recipe.averaging_power is not None:
             self.ensemble = Ensemble(self.y[0], fusion.opponent(self.y[0]))
-        # A captured step reads the weight of its predictions, and adds its loss.
-        self.prediction_weight, self.loss_sum = torch.zeros(2, device=self.device)
+        # A captured step reads the weight of its predictions, adds its loss and leaves it.
+        values = torch.zeros(3, device=self.device)
+        self.prediction_weight, self.loss_sum, self.loss = values
+        self.recent = self.loss.new_zeros(health.CHECK_EVERY // LOSS_EVERY)
         self.step = self.loss_steps = self.attempt = 0
-        self.lr, self.notes, self.graph = recipe.lr, [], None
+        self.lr, self.notes, self.losses, self.graph = recipe.lr, [], [], None
 
     def _new_network(self, attempt, start):
         """Return a network's first weights, on the CPU: the same for every device."""
@@ -120,14 +143,14 @@ class Self2Self:
         """List every tensor that a training step changes."""
         sums = self.ensemble.tensors() if self.ensemble else ()
         learnt = (*self.network.parameters(), *moments(self.optimizers))
-        return [*learnt, self.loss_sum, *self.health.tensors(), *sums]
+        return [*learnt, self.loss, self.loss_sum, *self.health.tensors(), *sums]
 
     def state_dict(self):
         """All that the coming steps depend on: numbers, and tensors that steps change."""
+        self.read_losses()
         tensors = [tensor.detach() for tensor in self._tensors()]
-        numbers = ("step", "loss_steps", "attempt", "lr", "notes")
         state = {"tensors": tensors, "masks": self.masks.state()}
-        return state | {name: getattr(self, name) for name in numbers}
+        return state | {name: getattr(self, name) for name in COUNTED}
 
     def load_state_dict(self, state):
         """Go on from a state of the same image, settings and device type, in place."""
@@ -135,14 +158,15 @@ class Self2Self:
             for tensor, saved in zip(self._tensors(), state["tensors"], strict=True):
                 tensor.copy_(saved)
         self.masks.load_state(state["masks"])
-        for name in ("step", "loss_steps", "attempt", "lr", "notes"):
+        for name in COUNTED:
             setattr(self, name, copy.copy(state[name]))
 
     def train_step(self):
         """One optimiser step on `bs` Bernoulli samples of the observation.
 
-        Every 100 steps a network that has died is noticed. It starts over, so that
-        `step` is 0, with other weights, begun at the mean, and half the learning rate.
+        Every 100 steps, and at the last one, a network that has died is noticed. It
+        starts over, so that `step` is 0, with other weights, begun at the mean, and half
+        the learning rate.
 
         Raises:
             FloatingPointError: it died after step 1,000, or for the fifth time.
@@ -163,8 +187,18 @@ class Self2Self:
             self._train()
         self.step += 1
         self.loss_steps += 1
-        if self.step % health.CHECK_EVERY == 0 and not self.alive():
-            self._start_over_or_give_up()
+        if self.step % LOSS_EVERY == 0:
+            self.recent[self.step // LOSS_EVERY - len(self.losses) - 1] = self.loss
+        if self.step % health.CHECK_EVERY == 0 or self.step == recipe.iteration:
+            self.read_losses()
+            if not self.alive():
+                self._start_over_or_give_up()
+
+    def read_losses(self):
+        """Return the losses of steps LOSS_EVERY, 2 LOSS_EVERY, ... so far. Reads the device."""
+        new = self.step // LOSS_EVERY - len(self.losses)
+        self.losses += self.recent[:new].tolist() if new else []
+        return self.losses
 
     def _weight_of(self, step):
         """The weight of a training step's predictions in the ensemble."""
@@ -177,9 +211,7 @@ class Self2Self:
     def _start_over_or_give_up(self):
         """Answer the network's death; early on other weights may live."""
         death = f"the network died (constant or non-finite output) by step {self.step}"
-        if self.step > health.EARLY:
-            raise FloatingPointError(death)
-        if self.attempt == health.ATTEMPTS:
+        if self.step > health.EARLY or self.attempt == health.ATTEMPTS:
             lr = self.recipe.lr
             raise FloatingPointError(f"{death}; a lower --lr than {lr:g} cures it")
         self.restart()
@@ -191,6 +223,7 @@ class Self2Self:
         """Start over: other weights, begun at the mean, and half the learning rate."""
         self.attempt, self.lr = self.attempt + 1, self.lr / 2
         self.step = self.loss_steps = 0
+        self.losses.clear()
         for tensor in self._tensors():
             tensor.detach().zero_()
         self.network.load_state_dict(
@@ -267,12 +300,16 @@ class Self2Self:
             restored: the Restoration that `predict` gave.
 
         Returns:
-            The fused restoration and its predicted squared error, (C, H, W), in y's
-            units; None where the recipe does not fuse.
+            The restoration and its predicted squared error, (C, H, W), in y's units.
+            Where the recipe does not fuse, the ensemble's own image, and None.
         """
         if not self.recipe.fuse:
-            return None
-        scale, seen = self.recipe.scale, (self.y[0], self.known[0])
+            return restored.image, None
+        scale, y = self.recipe.scale, self.y
+        if self.clipped is not None:
+            degraded = self.forward_operator(torch.as_tensor(restored.mean)[None].to(y))
+            y = y.where(~self.clipped, torch.maximum(y, degraded))
+        seen = y[0], self.known[0]
         keep_memory(2**26, 2**28)  # of a large picture's tensors there are many
         try:
             mean, variance = restored.mean, restored.variance
@@ -324,13 +361,18 @@ class Self2Self:
         prediction, mask = self._sample(self.masks, seen, known, recipe.bs)
         judged = (known - mask if recipe.drop_rate else known) * self.window.inner
         judged = judged.expand_as(prediction)
-        loss = dropped_loss(self.forward_operator(prediction), y, judged)
+        degraded = self.forward_operator(prediction)
+        if self.clipped is not None:
+            clipped = self.clipped[:, :, *window]
+            y = y.where(~clipped, torch.maximum(y, degraded.detach()))
+        loss = dropped_loss(degraded, y, judged)
         self.network.zero_grad()
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
         loss, prediction = loss.detach(), prediction.detach()
         self.loss_sum += loss
+        self.loss.copy_(loss)
         self.health.watch(loss, prediction)
         if self.ensemble:
             self.ensemble.add(prediction, self.prediction_weight, window)

@@ -260,7 +260,8 @@ def follow(file, words):
         learner.train_step()
         if learner.step % args.test_frequency == 0 or learner.step == recipe.iteration:
             ensemble = learner.predict(args.num_prediction)
-            images = [ensemble.image, *(learner.fuse(ensemble) or ())[:1]]
+            image, error = learner.fuse(ensemble)
+            images = [ensemble.image] + [image] * (error is not None)
             psnr = [f"{utils.score(image, given['clean'])[0]:.2f}" for image in images]
             print(f"seed {args.seed}, step {learner.step}: {', '.join(psnr)} dB")
 

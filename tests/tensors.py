@@ -44,6 +44,9 @@ def roll(x):
     return x.roll(1, -1)
 
 
+roll.reach = 1
+
+
 def without_pass(pilot, *_):
     """In the place of similar.filter_slabs: the pilot, without a risk."""
     yield pilot, torch.zeros_like(pilot)

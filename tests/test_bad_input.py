@@ -203,7 +203,7 @@ def test_what_fails_later_is_one_line_too(error, words, status, monkeypatch, cap
 
 def test_output_that_is_not_finite_is_no_result(capsys):
     assert run("denoise", "--path camera --crop 32 --lr 1e30") == 1
-    assert "not finite" in capsys.readouterr().err
+    assert "a lower --lr than 1e+30 cures it" in capsys.readouterr().err
     assert not list(Path("images").rglob("restored.png"))
 
 
@@ -226,6 +226,22 @@ def test_a_network_that_dies_starts_over(capsys, monkeypatch):
     assert "by step 40: started over at the mean, learning rate 0.05" in out
     assert "by step 40; a lower --lr than 0.1 cures it" in err
     assert "started over" in Path("logs/denoise/log.txt").read_text()
+
+
+def test_a_network_that_is_dead_at_the_last_step_is_called_so(capsys, monkeypatch):
+    write("in/a.png")
+    monkeypatch.setattr(network.Self2Self, "alive", lambda learner: learner.step < 7)
+    flags = "--path in/a.png --iteration 7 --test_frequency 3 --recipe paper"
+    monkeypatch.setattr(health, "ATTEMPTS", 1)
+    assert run("denoise", flags) == 1
+    out, err = capsys.readouterr()
+    assert "by step 7: started over at the mean" in out
+    assert "died" in err and "a lower --lr than 0.0001 cures it" in err
+    monkeypatch.setattr(health, "EARLY", 6)
+    assert run("denoise", flags) == 1
+    out, err = capsys.readouterr()
+    assert "started over" not in out
+    assert "a lower --lr than 0.0001 cures it; the result of step 6 is kept" in err
 
 
 def test_a_network_that_dies_late_leaves_its_last_good_result(capsys, monkeypatch):

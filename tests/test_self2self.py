@@ -208,6 +208,25 @@ def test_linear_learning_rate_rises_and_falls(optimizer):
     assert rates[1:] == sorted(rates[1:], reverse=True)
 
 
+def test_losses_are_those_of_every_tenth_step():
+    y = random_image(1, 32, 32)
+    learner, expected = begun(y), []
+    for step in range(1, 126):
+        train(learner, 1)
+        loss = learner.mean_loss()
+        expected += [loss] if step % 10 == 0 else []
+    assert len(learner.losses) == 10  # read when the network's life was looked at
+    assert learner.read_losses() == expected
+    resumed = begun(y)
+    state = copy.deepcopy(learner.state_dict())
+    resumed.load_state_dict(state)
+    train(resumed, 5)
+    assert resumed.read_losses()[:12] == expected and len(resumed.losses) == 13
+    assert len(state["losses"]) == 12
+    resumed.restart()
+    assert resumed.read_losses() == []
+
+
 def test_start_at_the_mean():
     y = random_image(3, 32, 33) * torch.tensor([0.1, 0.5, 1.0])[:, None, None]
     restored = begun(y, start="mean").predict(4).image

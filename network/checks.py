@@ -1,0 +1,66 @@
+"""What the learner asks of an observation, of what is known of it, and of an operator."""
+
+import numpy as np
+
+SMALLEST_SIDE = 32  # pixels: five poolings
+MAX_CHANNELS = SMALLEST_SIDE - 1  # so (H, W, C) is never taken for (C, H, W)
+ROUNDING = (
+    1e-5  # an operator that changes a picture of range 1 by less leaves it as it is
+)
+
+
+def check_observation(y, known=None):
+    """Return y and known as arrays that go together; y is 0 where it is unknown.
+
+    Args:
+        y: the observation, floats (C, H, W), with fewer than 32 channels and sides of 32
+            pixels or more.
+        known: (C, H, W) or (1, H, W); None: ones (1, H, W).
+
+    Raises:
+        ValueError: they are not; the text names the shape or type that was given.
+    """
+    y = np.asarray(y)
+    if (
+        y.ndim != 3
+        or not 0 < len(y) <= MAX_CHANNELS
+        or min(y.shape[1:]) < SMALLEST_SIDE
+    ):
+        raise ValueError(
+            f"y has the shape {y.shape}; it must be (C, H, W), with C from 1 to "
+            f"{MAX_CHANNELS} and sides of {SMALLEST_SIDE} pixels or more"
+        )
+    if y.dtype.kind != "f":
+        raise ValueError(f"y is of type {y.dtype}; it must be of floats")
+    one, all_channels = (1, *y.shape[1:]), y.shape
+    known = np.ones(one) if known is None else np.asarray(known)
+    if known.shape not in (one, all_channels):
+        shapes = " or ".join(map(str, dict.fromkeys([one, all_channels])))
+        raise ValueError(f"known has the shape {known.shape}; it must be {shapes}")
+    return np.where(known, y, y.dtype.type(0)), known
+
+
+def check_operator(forward_operator, y):
+    """Apply a forward operator to an observation (1, C, H, W), to see what it is.
+
+    Raises:
+        ValueError: what comes back is not of y's shape; or it is not y, and the operator
+            does not say by `reach` how far it looks.
+    """
+    import torch
+
+    with torch.no_grad():
+        made = forward_operator(y)
+    if not torch.is_tensor(made) or made.shape != y.shape:
+        kind, shape = type(made).__name__, tuple(getattr(made, "shape", ()))
+        raise ValueError(
+            f"the forward operator gives a {kind} {shape} for a picture {tuple(y.shape)};"
+            " it must give a tensor of that shape"
+        )
+    if getattr(forward_operator, "reach", 0) or made is y:
+        return
+    if not torch.allclose(made, y, ROUNDING, ROUNDING, equal_nan=True):
+        raise ValueError(
+            "the forward operator changes a picture and has no `reach`; set it to the "
+            "number of pixels that it looks around an entry"
+        )
