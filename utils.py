@@ -13,25 +13,28 @@ import json
 import logging
 import math
 import os
+import re
 import signal
-import struct
 import sys
 import time
 import warnings
+import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-# Read when OpenCV is imported: refuse a tiny file that claims a gigantic image.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**25))
+# A tiny file may claim any size. OpenCV reads its limit, in pixels, when it is imported.
+MAX_DECODED = 2**28
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_DECODED))
 
 import cv2
 import numpy as np
 import scipy.io
 import skimage.data
 import tifffile
+from PIL import Image, PngImagePlugin
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
@@ -39,6 +42,9 @@ from tqdm import tqdm
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
 warnings.filterwarnings("ignore", "Glyph .* missing")
+warnings.filterwarnings("ignore", module="PIL")
+Image.MAX_IMAGE_PIXELS = None  # refuse_size knows better
+PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # bytes; a scanner's colour profile has millions
 
 # --- errors and files ----------------------------------------------------------------
 
@@ -374,13 +380,14 @@ def named_settings(args, defaults, psf):
 TIFF, JPEG = (".tif", ".tiff"), (".jpg", ".jpeg")
 SUFFIXES = (".png", *JPEG, *TIFF)
 SMALLEST_SIDE = 32  # pixels: five poolings
-LARGEST = 2**25  # pixels of a plane: a tiny file may claim any size
+MAX_PIXELS = 2**25  # of a picture, or of its --crop
+MAX_PACKED = 2**14  # pixels per byte of a file; deflate packs 8256 of one bit
 RESOLUTION, ORIENTATION = 282, 274  # tags; an orientation of 1 is upright
 # A TIFF's photometric: its name for the writer, and how many samples are colours.
 COLOURS = {0: ("miniswhite", 1), 1: ("minisblack", 1), 2: ("rgb", 3), 3: ("palette", 1)}
 ALPHAS = {0: "unspecified", 1: "assocalpha", 2: "unassalpha"}
-# What a PNG may hold that OpenCV does not write.
-UNWRITTEN = {b"pHYs": "dpi", b"gAMA": "gamma", b"cHRM": "chromaticities"}
+# XMP that promises what only the input has behind its picture: a gain map, a video.
+GAIN_MAP = re.compile(rb"(?i)hdrgm|gain-?map|photos/1\.0/container|MicroVideo")
 
 
 class Picture(NamedTuple):
@@ -474,11 +481,11 @@ def read_picture(path, crop=0):
     """
     path = Path(path)
     suffix = (stack_of(path) or path).suffix.lower()
-    pixels, stored, bits, written = read_pixels(path)
+    pixels, stored, bits, written = read_pixels(path, crop)
     height, width = pixels.shape[:2]
     if crop:
         top, left = max(0, height - crop) // 2, max(0, width - crop) // 2
-        pixels = pixels[top : top + crop, left : left + crop]
+        pixels = pixels[top : top + crop, left : left + crop].copy()
     fault = unusable(pixels, suffix in JPEG)
     if fault:
         raise InputError(f"{path}: {fault}")
@@ -486,13 +493,17 @@ def read_picture(path, crop=0):
     alpha = alpha[..., 0] if alpha.size else None
     if (color == color[..., :1]).all():
         color = color[..., :1]
-    dtype = pixels.dtype
-    peak = {"u": 2**bits - 1, "i": 2 ** (bits - 1) - 1, "f": 1}[dtype.kind]
+    dtype, peak = pixels.dtype, peak_of(pixels.dtype, bits)
     wide = dtype.itemsize > 2 and dtype != np.float32  # more digits than float32's
     image = color.transpose(2, 0, 1)
     image = np.divide(image, peak, dtype=np.float64 if wide else np.float32, order="C")
     uncropped = describe(len(image), height, width)
     return Picture(image, uncropped, alpha, dtype, peak, stored, suffix, written)
+
+
+def peak_of(dtype, bits):
+    """Return the number that stands for 1: the largest of so many bits, or 1.0."""
+    return {"u": 2**bits - 1, "i": 2 ** (bits - 1) - 1}.get(dtype.kind, 1)
 
 
 def unusable(pixels, jpeg):
@@ -507,8 +518,12 @@ def unusable(pixels, jpeg):
     return None if np.isfinite(pixels).all() else "it holds NaN or infinite pixels"
 
 
-def read_pixels(path):
+def read_pixels(path, crop=0):
     """Read an image file's pixels as they are.
+
+    Args:
+        path: see read_picture.
+        crop: side of what will be used of them: a file may have more than MAX_PIXELS.
 
     Returns:
         Its pixels, (H, W, samples), in the file's own type; how many of the samples are
@@ -518,7 +533,7 @@ def read_pixels(path):
         raise InputError(f"{path}: a file name that is not UTF-8; rename it")
     suffix = (stack_of(path) or path).suffix.lower()
     try:
-        return (read_tiff if suffix in TIFF else read_plain)(path)
+        return (read_tiff if suffix in TIFF else read_plain)(path, crop)
     except (InputError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file fails in many ways
@@ -527,10 +542,20 @@ def read_pixels(path):
         ) from None
 
 
-def refuse_size(path, height, width):
-    """Raise InputError for more pixels than a plane may have."""
-    if height * width > LARGEST:
-        raise InputError(f"{path}: over 33 million pixels; cut a part out of it")
+def refuse_size(path, height, width, crop=0):
+    """Raise InputError for more pixels than can be restored, or decoded to crop them."""
+    used = min(height, crop or height) * min(width, crop or width)
+    if height * width > MAX_DECODED:
+        fault = "over 268 million; cut a part out of it"
+    elif used > MAX_PIXELS:
+        fault = "over 33 million; a smaller --crop, such as 4096, takes its centre"
+    elif height * width > max(
+        MAX_PIXELS, MAX_PACKED * (stack_of(path) or path).stat().st_size
+    ):
+        fault = "more than so small a file can hold; it is damaged"
+    else:
+        return
+    raise InputError(f"{path}: {width}x{height} pixels, {fault}")
 
 
 def compare(path, claimed, found):
@@ -539,58 +564,77 @@ def compare(path, claimed, found):
         raise InputError(f"{path}: pixels of another size or type than the file claims")
 
 
-def read_plain(path):
-    """Read a PNG or JPEG, turned upright: see read_pixels."""
-    data, lost, pixels = np.fromfile(path, np.uint8), [], None
-    chunks = dict(png_chunks(data.tobytes()))
-    if b"IHDR" in chunks:
-        width, height, depth = struct.unpack(">IIB", chunks[b"IHDR"][:9])
-        refuse_size(path, height, width)
-        lost = [name for chunk, name in UNWRITTEN.items() if chunk in chunks]
-    elif data[6:10].tobytes() == b"JFIF" and data[13]:
-        lost = ["dpi"]
-    with suppress(cv2.error):
+def read_plain(path, crop=0):
+    """Read a PNG or JPEG, turned upright: see read_pixels.
+
+    Pillow reads what the file says of its pixels, OpenCV the pixels: Pillow has no colours
+    of 16 bits.
+    """
+    with Image.open(path) as image:
+        width, height = image.size
+        refuse_size(path, height, width, crop)
+        coding = image.tile[0].args if image.format == "PNG" else ""  # such as RGB;16B
+        if coding:
+            image.load()  # metadata may stand behind the pixels
+        told = image.info
+    with silent_stderr():  # libpng speaks of profiles that it does not like
+        data = np.fromfile(path, np.uint8)
         pixels, *found = cv2.imdecodeWithMetadata(data, cv2.IMREAD_UNCHANGED)
     if pixels is None:
-        raise InputError(
-            f"{path} is damaged, over 33 million pixels, or not a PNG, JPEG or TIFF image"
-        )
+        raise ValueError("its pixels cannot be decoded")
     size, dtype = pixels.shape[:2], pixels.dtype
-    refuse_size(path, *size)
-    if b"IHDR" in chunks:
-        claimed = np.dtype(np.uint16 if depth > 8 else np.uint8)
-        compare(path, ((height, width), claimed), (size, dtype))
+    compare(path, (height, width), size)
+    if coding:
+        compare(path, np.dtype(np.uint16 if "16" in coding else np.uint8), dtype)
     pixels = pixels.reshape(*size, -1)
-    if pixels.shape[2] == 1 and b"tRNS" in chunks:
-        (clear,) = struct.unpack(">H", chunks[b"tRNS"])
-        clear *= 255 // (2**depth - 1) if depth < 8 else 1
-        alpha = np.where(pixels == clear, 0, np.iinfo(dtype).max).astype(dtype)
+    if pixels.shape[2] == 1 and "transparency" in told:
+        scale = {"L;2": 85, "L;4": 17}.get(
+            coding, 1
+        )  # Pillow scales a single bit alone
+        clear = pixels == scale * told["transparency"]
+        alpha = np.where(clear, 0, np.iinfo(dtype).max).astype(dtype)
         pixels = np.concatenate([pixels, pixels, pixels, alpha], 2)
-    blobs = dict(zip(map(int, found[0]), map(np.ravel, found[1])))
-    pixels = turn_upright(pixels, blobs)
+    written = {"iccprofile": told.get("icc_profile"), "xmp": told.get("xmp")}
+    written["exif"] = told.get("exif", b"").removeprefix(b"Exif\0\0")
+    coded = dict(zip(map(int, found[0]), found[1])).get(cv2.IMAGE_METADATA_CICP)
+    written["cicp"] = None if coded is None or not coding else coded.tobytes()
+    if written["xmp"] and GAIN_MAP.search(written["xmp"]):
+        del written["xmp"]
+    pixels = turn_upright(pixels, written)
     order = [2, 1, 0, 3][: pixels.shape[2]] if pixels.shape[2] > 2 else [0]
-    written = {"blobs": blobs, "lost": ", ".join(lost)}
+    written = {key: value for key, value in written.items() if value}
     return pixels[..., order], min(len(order), 3), 8 * pixels.itemsize, written
 
 
-def png_chunks(data):
-    """Yield the chunks of a PNG file's bytes: their types and contents."""
-    at = 8
-    while data.startswith(b"\x89PNG") and at + 8 <= len(data):
-        size, kind = struct.unpack(">I4s", data[at : at + 8])
-        yield kind, data[at + 8 : at + 8 + size]
-        at += size + 12
+@contextmanager
+def silent_stderr():
+    """Drop what a C library writes to stderr."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
-def turn_upright(pixels, blobs):
-    """Turn pixels (H, W, samples) as their EXIF says, which then says upright."""
+def turn_upright(pixels, written):
+    """Turn pixels (H, W, samples) as their EXIF says, which then says upright.
+
+    Args:
+        written: has `exif`, and perhaps `xmp`, which may repeat the orientation.
+    """
     turned = 1
     with suppress(Exception):  # none, or damaged
-        exif = io.BytesIO(blobs[cv2.IMAGE_METADATA_EXIF].tobytes())
+        exif = io.BytesIO(written["exif"])
         with tifffile.TiffFile(exif, mode="r+") as tags:
             turned = tags.pages[0].tags[ORIENTATION].value
             tags.pages[0].tags[ORIENTATION].overwrite(1)
-        blobs[cv2.IMAGE_METADATA_EXIF] = np.frombuffer(exif.getvalue(), np.uint8)
+        written["exif"] = exif.getvalue()
+    if turned != 1 and written.get("xmp"):
+        upright = rb"\g<1>1", written["xmp"]
+        written["xmp"] = re.sub(rb"(tiff:Orientation(?:=[\"']|>))\d", *upright)
     pixels = pixels.swapaxes(0, 1) if turned in (5, 6, 7, 8) else pixels
     pixels = pixels[:, ::-1] if turned in (2, 3, 6, 7) else pixels
     return np.ascontiguousarray(pixels[::-1] if turned in (3, 4, 7, 8) else pixels)
@@ -599,24 +643,39 @@ def turn_upright(pixels, blobs):
 def encode(suffix, pixels, written):
     """Return the bytes of a PNG or JPEG.
 
+    Pillow writes JPEGs, which OpenCV does not with a large profile, or XMP.
+
     Args:
         suffix: of the format.
-        pixels: as OpenCV has them.
-        written: what else the file holds: `blobs`, OpenCV's kind -> bytes; iccprofile.
+        pixels: (H, W, samples), as OpenCV has them.
+        written: what else the file holds, as bytes: iccprofile, exif, xmp, cicp.
     """
-    blobs = dict(written.get("blobs", {}))
-    if "iccprofile" in written:  # a TIFF's
-        blobs[cv2.IMAGE_METADATA_ICCP] = np.frombuffer(written["iccprofile"], np.uint8)
-    # No chroma is left out: known pixels of a colour JPEG come back as they are.
-    best = [cv2.IMWRITE_JPEG_QUALITY, 100, cv2.IMWRITE_JPEG_SAMPLING_FACTOR]
-    best = [*best, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444] if suffix in JPEG else []
-    for kept in (blobs, {}):  # without them where one is damaged, or of other channels
-        with suppress(cv2.error):
-            known = list(kept), list(kept.values())
-            made, data = cv2.imencodeWithMetadata(suffix, pixels, *known, best)
-            if made:
-                return data.tobytes()
-    raise OSError(None, f"OpenCV writes no such {suffix}")
+    profile, gray = written.get("iccprofile") or b"", pixels.shape[2] == 1
+    if profile[16:20] != (b"GRAY" if gray else b"RGB "):  # a CMYK JPEG's, say
+        profile = b""
+    exif, xmp = written.get("exif", b""), written.get("xmp", b"")
+    file = io.BytesIO()
+    if suffix in JPEG:
+        image = Image.fromarray(pixels[..., 0] if gray else pixels[..., ::-1].copy())
+        kept = {"icc_profile": profile, "exif": exif and b"Exif\0\0" + exif, "xmp": xmp}
+        # No chroma is left out: known pixels of a colour JPEG come back as they are.
+        image.save(file, "jpeg", quality=100, subsampling=0, **kept)
+        return file.getvalue()
+    made, data = cv2.imencode(suffix, pixels)
+    if not made:
+        raise OSError(None, f"OpenCV writes no such {suffix}")
+    header, rest = np.split(data, [33])  # signature and IHDR
+    file.write(header)
+    for kind, content, head in (
+        (b"cICP", written.get("cicp"), b""),
+        (b"iCCP", profile and zlib.compress(profile), b"ICC Profile\0\0"),
+        (b"eXIf", exif, b""),
+        (b"iTXt", xmp, b"XML:com.adobe.xmp\0\0\0\0\0"),
+    ):
+        if content:
+            PngImagePlugin.putchunk(file, kind, head, content)
+    file.write(rest)
+    return file.getvalue()
 
 
 def stack_of(path):
@@ -642,7 +701,7 @@ def planes(path):
     return [path / number for number in numbers] if count > 1 else [path]
 
 
-def read_tiff(path):
+def read_tiff(path, crop=0):
     """Read a TIFF file, or a plane of one: see read_pixels."""
     stack = stack_of(path)
     with tifffile.TiffFile(stack or path) as tiff:
@@ -656,7 +715,7 @@ def read_tiff(path):
             number -= n
         page, arguments = one.keyframe, tiff_arguments(path, one)
         arguments |= {} if stack else tiff_metadata(tiff, one)
-        pixels = read_plane(path, tiff, one, number)
+        pixels = read_plane(path, tiff, one, number, crop)
         if page.axes == "SYX":
             pixels = np.moveaxis(pixels, 0, 2)
         if page.photometric == 3 and arguments["photometric"] == "rgb":
@@ -671,11 +730,11 @@ def read_tiff(path):
     )
 
 
-def read_plane(path, tiff, series, number):
+def read_plane(path, tiff, series, number, crop):
     """Read a plane of a series, whose shape and type are what the file claims."""
     page = series.keyframe
     size = [page.shape[page.axes.index(axis)] for axis in "YX"]
-    refuse_size(path, *size)
+    refuse_size(path, *size, crop)
     if series.dataoffset is not None:  # one array, perhaps with but one plane's tags
         at, kind = series.dataoffset, page.dtype.newbyteorder(tiff.byteorder)
         file = stack_of(path) or path
@@ -1149,9 +1208,6 @@ class Result:
         if shown != (0, 1):
             low, high = (peak * end for end in shown)
             tqdm.write(f"{self.name}: PNGs show {low:.4g} black and {high:.4g} white")
-        if self.picture.encoder_arguments.get("lost"):
-            lost = self.picture.encoder_arguments["lost"]
-            tqdm.write(f"{self.name}: its metadata is kept, but for {lost}")
         wanted = self.args.num_prediction
         made = learner.ensemble_size(wanted)
         if made < wanted and "num_prediction" in self.args.given:
