@@ -32,10 +32,12 @@ os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_DECODED))
 import cv2
 import numpy as np
 import scipy.io
+import scipy.ndimage
 import skimage.data
 import tifffile
 from PIL import Image, PngImagePlugin
 from skimage.metrics import structural_similarity
+from skimage.registration import phase_cross_correlation
 from tqdm import tqdm
 
 # What libraries say of damaged files and odd names is said by us, in one line.
@@ -234,11 +236,17 @@ OPTIONS = {
     "observed": (bool, "the image is degraded already: simulate nothing"),
     "noise_sigma": (NOT_NEGATIVE, "an --observed image's white noise, 0-255 scale"),
     "reference": (text, "clean image to score an --observed one against"),
-    "mask": (text, "image file, 0 where a pixel is missing"),
+    "mask": (text, "image file, 0 or transparent where a pixel is missing"),
     "missing": (RATE, "share of the pixels to hide, from the seed, to score them"),
     "kernel_size": (SIDE, "side of the PSF, pixels (Gaussian 15, estimated 31)"),
     "kernel_sigma": (PSF_SIGMA, "standard deviation of the Gaussian PSF, pixels (1.0)"),
-    "kernel": (text, "file of the PSF (.mat, .npy, image); estimate: it is found"),
+    "kernel": (
+        text,
+        (
+            "file of the PSF (.mat, .npy, image), for a convolution: if the result rings, "
+            "turn it by 180 degrees; estimate: it is found"
+        ),
+    ),
     "boundary": (("wrap", "valid"), "wrap: a circular blur; valid: a camera's"),
     "recipe": (None, "fast: 500 steps; paper: as published, 150,000"),
     "drop_rate": (RATE, "p of the Bernoulli mask and of the decoder's dropout"),
@@ -381,6 +389,7 @@ TIFF, JPEG = (".tif", ".tiff"), (".jpg", ".jpeg")
 SUFFIXES = (".png", *JPEG, *TIFF)
 SMALLEST_SIDE = 32  # pixels: five poolings
 MAX_PIXELS = 2**25  # of a picture, or of its --crop
+MOST_ROUNDING = 0.04  # share of the mean; above it is said
 MAX_PACKED = 2**14  # pixels per byte of a file; deflate packs 8256 of one bit
 RESOLUTION, ORIENTATION = 282, 274  # tags; an orientation of 1 is upright
 # A TIFF's photometric: its name for the writer, and how many samples are colours.
@@ -424,7 +433,7 @@ class Picture(NamedTuple):
             )
             return
         image = (image[::-1] - black) / (white - black)  # blue, green, red
-        if self.encoder_arguments.get("photometric") == "miniswhite":
+        if white_is_zero(self.encoder_arguments):
             image = 1 - image
         if self.alpha is not None:
             alpha = np.divide(self.alpha, self.peak, dtype=np.float64).clip(0, 1)
@@ -437,6 +446,12 @@ class Picture(NamedTuple):
         write_atomically(
             path, encode(suffix, np.dstack(planes), self.encoder_arguments)
         )
+
+    def rounding(self, image):
+        """Say by which share an image's mean changes when it is rounded to be written."""
+        written = [quantise(x, self.dtype, self.peak).mean() for x in image]
+        mean = self.peak * image.mean(dtype=np.float64)
+        return abs(np.mean(written) - mean) / max(abs(mean), 1e-30)
 
     def part(self, place):
         """Return a part of it, by slices of (C, H, W)."""
@@ -501,9 +516,41 @@ def read_picture(path, crop=0):
     return Picture(image, uncropped, alpha, dtype, peak, stored, suffix, written)
 
 
+def read_mask(path, crop=0):
+    """Read which pixels are known, as a mask shows it: black, or transparent, is missing.
+
+    Args:
+        path, crop: see read_picture.
+
+    Returns:
+        The mask's Picture; 1 where a pixel is known, else 0, (C, H, W) or (1, H, W), float32.
+
+    Raises:
+        InputError, OSError: nothing, or not exactly what, is missing; the text says why.
+    """
+    mask = read_picture(path, crop)
+    if mask.suffix in JPEG:
+        raise InputError(f"{path}: a JPEG's zeros are not exact; save it as PNG")
+    seen = 1 - mask.image if white_is_zero(mask.encoder_arguments) else mask.image
+    known = seen != 0
+    known = known[:1] if (known == known[:1]).all() else known
+    known = known if mask.alpha is None else known & (mask.alpha != 0)
+    if known.all():
+        raise InputError(
+            f"{path}: no pixel of this mask is 0, nor transparent; paint black what is "
+            "missing"
+        )
+    return mask, known.astype(np.float32)
+
+
 def peak_of(dtype, bits):
     """Return the number that stands for 1: the largest of so many bits, or 1.0."""
     return {"u": 2**bits - 1, "i": 2 ** (bits - 1) - 1}.get(dtype.kind, 1)
+
+
+def white_is_zero(written):
+    """Tell whether a file's pixels look inverted, by the arguments of its encoder."""
+    return written.get("photometric") == "miniswhite"
 
 
 def unusable(pixels, jpeg):
@@ -588,16 +635,16 @@ def read_plain(path, crop=0):
         compare(path, np.dtype(np.uint16 if "16" in coding else np.uint8), dtype)
     pixels = pixels.reshape(*size, -1)
     if pixels.shape[2] == 1 and "transparency" in told:
-        scale = {"L;2": 85, "L;4": 17}.get(
-            coding, 1
-        )  # Pillow scales a single bit alone
+        # Pillow scales the number of a single bit alone, OpenCV all pixels.
+        scale = {"L;2": 85, "L;4": 17}.get(coding, 1)
         clear = pixels == scale * told["transparency"]
         alpha = np.where(clear, 0, np.iinfo(dtype).max).astype(dtype)
         pixels = np.concatenate([pixels, pixels, pixels, alpha], 2)
     written = {"iccprofile": told.get("icc_profile"), "xmp": told.get("xmp")}
     written["exif"] = told.get("exif", b"").removeprefix(b"Exif\0\0")
-    coded = dict(zip(map(int, found[0]), found[1])).get(cv2.IMAGE_METADATA_CICP)
-    written["cicp"] = None if coded is None or not coding else coded.tobytes()
+    for kind, content in zip(*found):
+        if kind == cv2.IMAGE_METADATA_CICP:  # which Pillow passes over
+            written["cicp"] = content.tobytes()
     if written["xmp"] and GAIN_MAP.search(written["xmp"]):
         del written["xmp"]
     pixels = turn_upright(pixels, written)
@@ -911,13 +958,14 @@ def gaussian_noise(shape, sigma, seed):
     return noise
 
 
-def score(image, clean):
+def score(image, clean, ends=None):
     """PSNR in dB and SSIM (Wang et al. 2004) of an image (C, H, W).
 
     Their peak is 1, or the reference's range where it leaves [0, 1], as scikit-image has
-    it. The image is clipped to [0, 1], and to no other range.
+    it, or from one of `ends` to the other. The image is clipped to [0, 1], and to no other
+    range.
     """
-    low, high = black_and_white(clean)
+    low, high = ends or black_and_white(clean)
     wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     squares, ssim = 0.0, 0.0
     for ours, its in zip(image, clean):  # by channel, for memory's sake
@@ -929,23 +977,75 @@ def score(image, clean):
         return float(-10 * np.log10(squares)), float(ssim)
 
 
+MATCHED = 1024  # side of the middle part by which a shift is found, pixels
+
+
+class Moved(NamedTuple):
+    """The score of an image that was moved onto the clean one."""
+
+    psnr: float  # dB
+    down: float  # pixels
+    right: float
+
+    def __str__(self):
+        down = f"{abs(self.down):.1f} {'down' if self.down > 0 else 'up'}"
+        right = f"{abs(self.right):.1f} {'right' if self.right > 0 else 'left'}"
+        return f"{self.psnr:.2f} dB if moved {down}, {right}"
+
+
+def score_moved(image, clean):
+    """Score an image at the best shift by parts of a pixel; None where none is found.
+
+    A PSF that is estimated, or has its mass beside its centre, moves the result, whose
+    plain score then says little. The shift is where both images' cross-correlation is
+    largest (Guizar-Sicairos et al. 2008); of the PSNR, a border as wide as the shift is
+    left out.
+
+    Args:
+        image, clean: (C, H, W).
+    """
+    size = clean.shape[1:]
+    middle = (slice(max(0, n - MATCHED) // 2, (n + MATCHED) // 2) for n in size)
+    middle = (slice(None), *middle)
+    fixed, gray = (x[middle].mean(0, dtype=np.float64) for x in (clean, image))
+    if not np.isfinite(fixed).all() or np.ptp(fixed) == 0:
+        return None
+    window = np.outer(*map(np.hanning, fixed.shape))
+    shift = np.zeros(2)
+    for _ in range(3):  # the window draws the first shift towards 0, the others less
+        moved = scipy.ndimage.shift(gray, shift, mode="nearest")
+        pair = [(x - x.mean()) * window for x in (fixed, moved)]
+        told = {"upsample_factor": 20, "normalization": None}
+        shift = shift + phase_cross_correlation(*pair, **told)[0]
+        if (np.abs(shift) > np.array(fixed.shape) / 4).any():
+            return None
+    edge = math.ceil(np.abs(shift).max())
+    inner = (slice(None), *(slice(edge, n - edge) for n in size))
+    moved = [scipy.ndimage.shift(x, shift, mode="nearest") for x in image]
+    psnr, _ = score(np.stack(moved)[inner], clean[inner], black_and_white(clean))
+    return Moved(psnr, *map(float, shift))
+
+
 # --- drawing -------------------------------------------------------------------------
 
 PANEL = 1024  # pixels a side in comparison.png, at most
 TALL = 4  # a picture's height over its width, at most
 TAIL = 0.001  # share of the pixels beyond its black, and its white, if not of 8 bits
 BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes with an image alone
-COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr", "seconds")
+COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr")
+COLUMNS += ("moved_psnr", "down", "right", "seconds")  # see score_moved
 
 
 def row_text(row):
     """Write a test as a line of the log."""
-    step, loss, psnr, ssim, ensemble, _ = row
+    step, loss, psnr, ssim, ensemble, *moved, _ = row
     line = f"step {step:7d}  loss {loss:.6f}"
     if psnr is not None:
         line += f"  PSNR {psnr:.3f} dB  SSIM {ssim:.4f}"
     if ensemble != psnr:
         line += f"  plain ensemble {ensemble:.3f} dB"
+    if moved[0] is not None:
+        line += f"  ({Moved(*moved)})"
     return line
 
 
@@ -967,7 +1067,7 @@ def comparison(panels, ends):
     """Draw labelled images side by side; return the PNG's bytes.
 
     Args:
-        panels: (label, image (C, H, W), (PSNR, SSIM) or None) each.
+        panels: (label, image (C, H, W), its score as text or None) each.
         ends: the values that are black and white.
     """
     _, height, width = panels[0][1].shape
@@ -978,11 +1078,12 @@ def comparison(panels, ends):
     row = figure.subplots(
         1, len(panels), gridspec_kw=edges | {"wspace": 0.02}, subplot_kw=BARE
     )
-    for axes, (label, image, scores) in zip(row, panels):
+    for axes, (label, image, scored) in zip(row, panels):
         pixels = (image[:, ::every, ::every] - ends[0]) / max(ends[1] - ends[0], 1e-30)
         pixels = pixels.clip(0, 1).transpose(1, 2, 0)
         axes.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
-        axes.set_title(f"{label} {scores[0]:.2f} dB" if scores else label)
+        title = f"{label} {scored}" if scored else label
+        axes.set_title(title, fontsize="large" if len(title) < 40 else "small")
     return drawn(figure)
 
 
@@ -1038,7 +1139,7 @@ RESULTS = ["error.mat", "Self2Self-[0-9]*.png", "comparison.png", "uncertainty.p
 RESULTS += [f"restored{suffix}" for suffix in SUFFIXES]
 OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "kernel.png"]
 OWN_FILES += ["checkpoint.pt", *RESULTS]
-CHECKPOINT_FORMAT = 7
+CHECKPOINT_FORMAT = 8
 # Seconds between two checkpoints; where saving is slow, so many times what the last one took.
 SAVE_EVERY, SAVING = 60, 20
 SPEAK_EVERY = 60  # seconds between two lines on stderr where it is no terminal
@@ -1060,6 +1161,7 @@ class Result:
         self.write_logs = write_logs
         self.folder = results_folder(path, args.model_type, settings_name)
         self.rows, self.notes, self.seconds, self.begun = [], [], 0.0, False
+        self.may_be_moved = False  # by its PSF: it is scored at the best shift, too
         self.saved = self.saved_at = self.bar = None  # saved: what to go on from
 
     def read(self, margin=((0, 0), (0, 0))):
@@ -1112,13 +1214,7 @@ class Result:
             draws = np.random.default_rng((self.args.seed, 1)).random(known.shape)
             known = (draws >= self.args.missing).astype(np.float32)
         if self.args.mask:
-            mask = read_picture(self.args.mask, self.args.crop)
-            if mask.suffix in JPEG:
-                raise InputError(
-                    f"{self.args.mask}: a JPEG's zeros are not exact; save it as PNG"
-                )
-            known = (mask.image != 0).astype(np.float32)
-            known = known[:1] if (known == known[:1]).all() else known
+            mask, known = read_mask(self.args.mask, self.args.crop)
             fits = len(known) in {1, len(picture.image)}
             self._refuse_misfit(self.args.mask, mask, picture, fits)
         return known
@@ -1202,7 +1298,10 @@ class Result:
             if self.args.observed and noise.kind == "white":
                 self.heading += f", --noise_sigma {float(f'{noise.sigma():.3g}'):g}"
             self.heading += ")"
-        if self.noiseless and self.known.all():
+        missing = 1 - self.known[self.place].mean(dtype=np.float64)
+        if missing:
+            self.heading += f", {missing:.2%} missing"
+        elif self.noiseless:
             self.heading += ": it comes back as it is"
         tqdm.write(self.heading)
         if shown != (0, 1):
@@ -1280,22 +1379,31 @@ class Result:
             known = self.known[self.place]
             images = [np.where(known, self.observation, x) for x in images]
         peak, step = self.picture.peak, learner.step
-        result, scores, plain = images[-1], None, None
+        result, scores, plain, moved = images[-1], None, None, None
         if self.clean is not None:
             scores = score(result, self.clean)
             plain = score(images[0], self.clean)[0] if fused else scores[0]
+            moved = score_moved(result, self.clean) if self.may_be_moved else None
         seconds = time.perf_counter() - self.started
-        scores_or_none = scores or (None, None)
-        self.rows.append((step, learner.mean_loss(), *scores_or_none, plain, seconds))
+        row = step, learner.mean_loss(), *(scores or (None, None)), plain
+        self.rows.append((*row, *(moved or (None, None, None)), seconds))
         if fused:
             error = peak**2 * fused[1][self.place]
             save_mat(self.folder / "error.mat", "error", error)
         for name in (f"Self2Self-{step}.png", f"restored{self.picture.suffix}"):
             self.picture.save(self.folder / name, result)
+        rounding = self.picture.rounding(result)
+        if rounding > MOST_ROUNDING and step == self.iteration:
+            tqdm.write(
+                f"{self.name}: rounding to whole numbers changes its mean by "
+                f"{rounding:.0%}; save the picture as float, in a TIFF"
+            )
         deviation = peak * np.sqrt(restored.variance[self.place].mean(0))
         write_atomically(self.folder / "uncertainty.png", uncertainty(deviation))
-        panels = [("observation", self.observation, self.scores)]
-        panels += [("restored", result, scores)]
+        shown = [x and f"{x[0]:.2f} dB" for x in (self.scores, scores)]
+        shown[1] = f"{shown[1]}, {moved}" if moved else shown[1]
+        panels = [("observation", self.observation, shown[0])]
+        panels += [("restored", result, shown[1])]
         panels += [] if self.clean is None else [("clean", self.clean, None)]
         # of a dark picture of 16 bits nothing would be seen
         ends = (0, 1) if self.eight_bits else np.quantile(result, (TAIL, 1 - TAIL))
@@ -1583,7 +1691,8 @@ class Run:
             record = read_record(self._folder(file))
             since = self.started - (0 if file in self.paths else SKEW)
             resumed = self.args.resume and str(file) not in self.failed
-            own = record and "heading" in record  # no joined stack's
+            # No joined stack's, nor another version's.
+            own = record and record.get("columns") == [*COLUMNS]
             if own and (resumed or record["written"] >= since):
                 found[file] = record
         return found
@@ -1604,7 +1713,7 @@ class Run:
             lines += map(row_text, record["rows"])
             rows += [(record["name"], *row) for row in record["rows"]]
             if record["finished"]:
-                step, _, psnr, ssim, _, seconds = record["rows"][-1]
+                step, _, psnr, ssim, *_, seconds = record["rows"][-1]
                 before = (record["observation"] or [None])[0]
                 cells = record["size"], before, psnr, ssim, step, round(seconds, 1)
                 table.append((record["name"], *cells))
