@@ -998,8 +998,8 @@ def score_moved(image, clean):
 
     A PSF that is estimated, or has its mass beside its centre, moves the result, whose
     plain score then says little. The shift is where both images' cross-correlation is
-    largest (Guizar-Sicairos et al. 2008); of the PSNR, a border as wide as the shift is
-    left out.
+    largest (Guizar-Sicairos et al. 2008). The clean image is moved to the other, for
+    interpolation would average the other's noise; a border as wide as the shift is left out.
 
     Args:
         image, clean: (C, H, W).
@@ -1011,19 +1011,19 @@ def score_moved(image, clean):
     if not np.isfinite(fixed).all() or np.ptp(fixed) == 0:
         return None
     window = np.outer(*map(np.hanning, fixed.shape))
-    shift = np.zeros(2)
+    shift = np.zeros(2)  # of the image against the clean one
     for _ in range(3):  # the window draws the first shift towards 0, the others less
-        moved = scipy.ndimage.shift(gray, shift, mode="nearest")
-        pair = [(x - x.mean()) * window for x in (fixed, moved)]
+        moved = scipy.ndimage.shift(fixed, shift, mode="nearest")
+        pair = [(x - x.mean()) * window for x in (gray, moved)]
         told = {"upsample_factor": 20, "normalization": None}
         shift = shift + phase_cross_correlation(*pair, **told)[0]
         if (np.abs(shift) > np.array(fixed.shape) / 4).any():
             return None
     edge = math.ceil(np.abs(shift).max())
     inner = (slice(None), *(slice(edge, n - edge) for n in size))
-    moved = [scipy.ndimage.shift(x, shift, mode="nearest") for x in image]
-    psnr, _ = score(np.stack(moved)[inner], clean[inner], black_and_white(clean))
-    return Moved(psnr, *map(float, shift))
+    moved = np.stack([scipy.ndimage.shift(x, shift, mode="nearest") for x in clean])
+    psnr, _ = score(image[inner], moved[inner], black_and_white(clean))
+    return Moved(psnr, *(0.0 - shift).tolist())
 
 
 # --- drawing -------------------------------------------------------------------------

@@ -387,5 +387,34 @@ def test_three_channels_alike_are_one_and_come_back_as_three(suffix):
     assert (made == made[..., :1]).all()
 
 
+def test_a_mask_says_what_is_missing_as_it_looks(capsys):
+    hole = np.full((40, 40), 255, np.uint8)
+    hole[10:14, 3:8] = 0  # 20 of 1600 pixels
+    white = np.full_like(hole, 255)
+    cv2.imwrite("black.png", hole)
+    cv2.imwrite("clear.png", np.dstack([white, white, white, hole]))
+    cv2.imwrite("feathered.png", hole - (hole == 255) * np.uint8(9))
+    tifffile.imwrite("white_is_zero.tif", 255 - hole, photometric="miniswhite")
+    tifffile.imwrite("float.tif", 1 - hole / np.float32(255), photometric="miniswhite")
+    for name in ("black.png", "clear.png", "feathered.png", *Path().glob("*.tif")):
+        _, known = utils.read_mask(name)
+        np.testing.assert_array_equal(known, hole[None] > 0)
+    cv2.imwrite("a.png", random(40, 40, dtype="uint8"))
+    restored("--observed --noise_sigma 0 --mask clear.png", "a.png")
+    told = capsys.readouterr().out
+    assert "1.25% missing" in told and "as it is" not in told
+
+
+def test_an_integer_file_of_photon_counts_says_to_save_as_float(capsys):
+    counts = RNG.poisson(0.5, (40, 40))
+    tifffile.imwrite("a.tif", counts.astype("uint16"))
+    tifffile.imwrite("many.tif", (400 * counts).astype("uint16"))
+    tifffile.imwrite("float.tif", counts.astype("float32"))
+    for name, said in (("a.tif", 1), ("many.tif", 0), ("float.tif", 0)):
+        restored("--observed --noise_sigma 0 --missing 0.9", name)
+        words = "save the picture as float"
+        assert capsys.readouterr().out.count(words) == said, name
+
+
 def test_damaged_tiffs_are_no_noise_on_stderr():
     assert logging.getLogger("tifffile").level > logging.CRITICAL
