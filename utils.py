@@ -537,8 +537,8 @@ def read_mask(path, crop=0):
     known = known if mask.alpha is None else known & (mask.alpha != 0)
     if known.all():
         raise InputError(
-            f"{path}: no pixel of this mask is 0, nor transparent; paint black what is "
-            "missing"
+            f"{path}: no pixel of this mask{' within --crop' if crop else ''} is 0, nor "
+            "transparent; paint black what is missing"
         )
     return mask, known.astype(np.float32)
 
