@@ -595,7 +595,7 @@ def refuse_size(path, height, width, crop=0):
     if height * width > MAX_DECODED:
         fault = "over 268 million; cut a part out of it"
     elif used > MAX_PIXELS:
-        fault = "over 33 million; a smaller --crop, such as 4096, takes its centre"
+        fault = "over 33 million; --crop 4096 takes its centre"
     elif height * width > max(
         MAX_PIXELS, MAX_PACKED * (stack_of(path) or path).stat().st_size
     ):
