@@ -19,6 +19,9 @@ from network.scale import find_scale
 from network.unknown import find_unknown
 
 LARGEST_PSF = 4096  # side, pixels; as --kernel_size
+# A PSF's border is a camera's offset where its extremes differ by no more than FLAT, and
+# its median is below LOW of the peak.
+FLAT, LOW = 1.3, 0.2
 # What a PSF is wrong by is like noise of at least this sigma, where 255 is the picture's
 # range: with less the result rings. Of a measured PSF, and of an estimated one.
 MEASURED_ERROR, ESTIMATED_ERROR = 2.0, 2.8
@@ -75,6 +78,28 @@ def only_matrix(arrays):
     return found.get("kernel", next(iter(found.values())) if len(found) == 1 else None)
 
 
+def without_offset(psf, path):
+    """Subtract a camera's offset from the picture of a point (h, w), and say so.
+
+    It is taken from the border; without one the picture comes back as it is.
+    """
+    border = np.concatenate([psf[0], psf[-1], psf[1:-1, 0], psf[1:-1, -1]])
+    offset = np.median(border)
+    if border.max() > FLAT * border.min() or not 0 < offset < LOW * psf.max():
+        return psf
+    print(f"{path}: its border is flat: {offset:g} is subtracted, as a camera's offset")
+    return (psf - offset).clip(0)
+
+
+def shown_psf(path):
+    """Read a PSF (h, w) from an image file, as it looks, without a camera's offset."""
+    pixels, colours, bits, written = utils.read_pixels(path)
+    psf = pixels[..., :colours].mean(2)
+    if utils.white_is_zero(written):
+        psf = utils.peak_of(pixels.dtype, bits) - psf
+    return without_offset(psf, path) if np.isfinite(psf).all() else psf
+
+
 def read_psf(path):
     """Read a PSF (h, w), normalised to sum 1.
 
@@ -92,8 +117,7 @@ def read_psf(path):
         elif path.suffix.lower() == ".npy":
             psf = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
-            pixels, colours, *_ = utils.read_pixels(path)
-            psf = pixels[..., :colours].mean(2)
+            psf = shown_psf(path)
         if psf is None:
             raise utils.InputError(f"{path}: neither `kernel` nor a single matrix")
         if psf.dtype.kind not in "biuf" or max(psf.shape, default=0) > LARGEST_PSF:
@@ -105,8 +129,12 @@ def read_psf(path):
             psf = np.asarray(psf, np.float64)
             psf = psf / psf.sum() if psf.sum() > 0 else psf * np.nan
     except Exception as error:  # a damaged file fails in many ways
-        if isinstance(error, utils.InputError) or getattr(error, "filename", None):
+        if getattr(error, "filename", None):
             raise  # which says what is wrong
+        if path.suffix.lower() not in (".mat", ".npy", *utils.SUFFIXES):
+            raise utils.InputError(f"{path}: a PSF is .mat, .npy or an image") from None
+        if isinstance(error, utils.InputError):
+            raise
         reason = utils.first_line(error)
         raise utils.InputError(f"{path}: no PSF can be read: {reason}") from None
     if psf.ndim != 2 or not np.isfinite(psf).all() or not 0.999 < psf.sum() < 1.001:
@@ -254,6 +282,9 @@ def restore(args, result, psf, blur):
         whole = fill_unknown(x[result.place], known[result.place] > 0)
         psf = estimate(result, whole, len(psf))
         blur = CircularBlur(psf)
+    result.may_be_moved = args.observed and (
+        args.kernel == "estimate" or bool(off_centre(psf))
+    )
     n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
     blurred = blur(torch.from_numpy(x)[None])[0].numpy()
     y = np.where(known, x if args.observed else blurred + n, 0)

@@ -15,31 +15,38 @@ import math
 import os
 import re
 import signal
-import struct
 import sys
 import time
 import warnings
+import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-# Read when OpenCV is imported: refuse a tiny file that claims a gigantic image.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**25))
+# A tiny file may claim any size. OpenCV reads its limit, in pixels, when it is imported.
+MAX_DECODED = 2**28
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_DECODED))
 
 import cv2
 import numpy as np
 import scipy.io
+import scipy.ndimage
 import skimage.data
 import tifffile
+from PIL import Image, PngImagePlugin
 from skimage.metrics import structural_similarity
+from skimage.registration import phase_cross_correlation
 from tqdm import tqdm
 
 # What libraries say of damaged files and odd names is said by us, in one line.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
 warnings.filterwarnings("ignore", "Glyph .* missing")
+warnings.filterwarnings("ignore", module="PIL")
+Image.MAX_IMAGE_PIXELS = None  # refuse_size knows better
+PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # bytes; a scanner's colour profile has millions
 
 # --- errors and files ----------------------------------------------------------------
 
@@ -239,11 +246,17 @@ OPTIONS = {
     "observed": (bool, "the image is degraded already: simulate nothing"),
     "noise_sigma": (NOT_NEGATIVE, "an --observed image's white noise, 0-255 scale"),
     "reference": (text, "clean image to score an --observed one against"),
-    "mask": (text, "image file, 0 where a pixel is missing"),
+    "mask": (text, "image file, 0 or transparent where a pixel is missing"),
     "missing": (RATE, "share of the pixels to hide, from the seed, to score them"),
     "kernel_size": (SIDE, "side of the PSF, pixels (Gaussian 15, estimated 31)"),
     "kernel_sigma": (PSF_SIGMA, "standard deviation of the Gaussian PSF, pixels (1.0)"),
-    "kernel": (text, "file of the PSF (.mat, .npy, image); estimate: it is found"),
+    "kernel": (
+        text,
+        (
+            "file of the PSF (.mat, .npy, image), for a convolution: if the result rings, "
+            "turn it by 180 degrees; estimate: it is found"
+        ),
+    ),
     "boundary": (("wrap", "valid"), "wrap: a circular blur; valid: a camera's"),
     "recipe": (None, "fast: 500 steps; paper: as published, 150,000"),
     "drop_rate": (RATE, "p of the Bernoulli mask and of the decoder's dropout"),
@@ -364,14 +377,16 @@ def named_settings(args, defaults, psf):
 TIFF, JPEG = (".tif", ".tiff"), (".jpg", ".jpeg")
 SUFFIXES = (".png", *JPEG, *TIFF)
 SMALLEST_SIDE = 32  # pixels: five poolings
-LARGEST = 2**25  # pixels of a plane: a tiny file may claim any size
+MAX_PIXELS = 2**25  # of a picture, or of its --crop
+MOST_ROUNDING = 0.04  # share of the mean; above it is said
+MAX_PACKED = 2**14  # pixels per byte of a file; deflate packs 8256 of one bit
 RESOLUTION, ORIENTATION = 282, 274  # tags; an orientation of 1 is upright
 NODATA = 42113  # GDAL's tag: the number, as text, where nothing was measured
 # A TIFF's photometric: its name for the writer, and how many samples are colours.
 COLOURS = {0: ("miniswhite", 1), 1: ("minisblack", 1), 2: ("rgb", 3), 3: ("palette", 1)}
 ALPHAS = {0: "unspecified", 1: "assocalpha", 2: "unassalpha"}
-# What a PNG may hold that OpenCV does not write.
-UNWRITTEN = {b"pHYs": "dpi", b"gAMA": "gamma", b"cHRM": "chromaticities"}
+# XMP that promises what only the input has behind its picture: a gain map, a video.
+GAIN_MAP = re.compile(rb"(?i)hdrgm|gain-?map|photos/1\.0/container|MicroVideo")
 
 
 class Picture(NamedTuple):
@@ -409,7 +424,7 @@ class Picture(NamedTuple):
             )
             return
         image = (image[::-1] - black) / (white - black)  # blue, green, red
-        if self.encoder_arguments.get("photometric") == "miniswhite":
+        if white_is_zero(self.encoder_arguments):
             image = 1 - image
         if self.alpha is not None:
             alpha = np.divide(self.alpha, self.peak, dtype=np.float64).clip(0, 1)
@@ -422,6 +437,12 @@ class Picture(NamedTuple):
         write_atomically(
             path, encode(suffix, np.dstack(planes), self.encoder_arguments)
         )
+
+    def rounding(self, image):
+        """Say by which share an image's mean changes when it is rounded to be written."""
+        written = [quantise(x, self.dtype, self.peak).mean() for x in image]
+        mean = self.peak * image.mean(dtype=np.float64)
+        return abs(np.mean(written) - mean) / max(abs(mean), 1e-30)
 
     def part(self, place):
         """Return a part of it, by slices of (C, H, W)."""
@@ -472,11 +493,11 @@ def read_picture(path, crop=0):
     """
     path = Path(path)
     suffix = (stack_of(path) or path).suffix.lower()
-    pixels, stored, bits, written = read_pixels(path)
+    pixels, stored, bits, written = read_pixels(path, crop)
     height, width = pixels.shape[:2]
     if crop:
         top, left = max(0, height - crop) // 2, max(0, width - crop) // 2
-        pixels = pixels[top : top + crop, left : left + crop]
+        pixels = pixels[top : top + crop, left : left + crop].copy()
     fault = unusable(pixels, suffix in JPEG)
     if fault:
         raise InputError(f"{path}: {fault}")
@@ -487,8 +508,7 @@ def read_picture(path, crop=0):
         alike |= np.isnan(color) & np.isnan(color[..., :1])
     if alike.all():
         color = color[..., :1]
-    dtype = pixels.dtype
-    peak = {"u": 2**bits - 1, "i": 2 ** (bits - 1) - 1, "f": 1}[dtype.kind]
+    dtype, peak = pixels.dtype, peak_of(pixels.dtype, bits)
     wide = dtype.itemsize > 2 and dtype != np.float32  # more digits than float32's
     image = color.transpose(2, 0, 1)
     image = np.divide(image, peak, dtype=np.float64 if wide else np.float32, order="C")
@@ -517,6 +537,43 @@ def find_absent(numbers, alpha, written):
     return absent if absent.any() and not absent.all() else None
 
 
+def read_mask(path, crop=0):
+    """Read which pixels are known, as a mask shows it: black, or transparent, is missing.
+
+    Args:
+        path, crop: see read_picture.
+
+    Returns:
+        The mask's Picture; 1 where a pixel is known, else 0, (C, H, W) or (1, H, W), float32.
+
+    Raises:
+        InputError, OSError: nothing, or not exactly what, is missing; the text says why.
+    """
+    mask = read_picture(path, crop)
+    if mask.suffix in JPEG:
+        raise InputError(f"{path}: a JPEG's zeros are not exact; save it as PNG")
+    seen = 1 - mask.image if white_is_zero(mask.encoder_arguments) else mask.image
+    known = seen != 0
+    known = known[:1] if (known == known[:1]).all() else known
+    known = known if mask.alpha is None else known & (mask.alpha != 0)
+    if known.all():
+        raise InputError(
+            f"{path}: no pixel of this mask{' within --crop' if crop else ''} is 0, nor "
+            "transparent; paint black what is missing"
+        )
+    return mask, known.astype(np.float32)
+
+
+def peak_of(dtype, bits):
+    """Return the number that stands for 1: the largest of so many bits, or 1.0."""
+    return {"u": 2**bits - 1, "i": 2 ** (bits - 1) - 1}.get(dtype.kind, 1)
+
+
+def white_is_zero(written):
+    """Tell whether a file's pixels look inverted, by the arguments of its encoder."""
+    return written.get("photometric") == "miniswhite"
+
+
 def unusable(pixels, jpeg):
     """Say why a file's pixels (H, W, samples) cannot be restored; None where they can."""
     (height, width, samples), dtype = pixels.shape, pixels.dtype
@@ -529,8 +586,12 @@ def unusable(pixels, jpeg):
     return None
 
 
-def read_pixels(path):
+def read_pixels(path, crop=0):
     """Read an image file's pixels as they are.
+
+    Args:
+        path: see read_picture.
+        crop: side of what will be used of them: a file may have more than MAX_PIXELS.
 
     Returns:
         Its pixels, (H, W, samples), in the file's own type; how many of the samples are
@@ -540,7 +601,7 @@ def read_pixels(path):
         raise InputError(f"{path}: a file name that is not UTF-8; rename it")
     suffix = (stack_of(path) or path).suffix.lower()
     try:
-        return (read_tiff if suffix in TIFF else read_plain)(path)
+        return (read_tiff if suffix in TIFF else read_plain)(path, crop)
     except (InputError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file fails in many ways
@@ -549,10 +610,20 @@ def read_pixels(path):
         ) from None
 
 
-def refuse_size(path, height, width):
-    """Raise InputError for more pixels than a plane may have."""
-    if height * width > LARGEST:
-        raise InputError(f"{path}: over 33 million pixels; cut a part out of it")
+def refuse_size(path, height, width, crop=0):
+    """Raise InputError for more pixels than can be restored, or decoded to crop them."""
+    used = min(height, crop or height) * min(width, crop or width)
+    if height * width > MAX_DECODED:
+        fault = "over 268 million; cut a part out of it"
+    elif used > MAX_PIXELS:
+        fault = "over 33 million; --crop 4096 takes its centre"
+    elif height * width > max(
+        MAX_PIXELS, MAX_PACKED * (stack_of(path) or path).stat().st_size
+    ):
+        fault = "more than so small a file can hold; it is damaged"
+    else:
+        return
+    raise InputError(f"{path}: {width}x{height} pixels, {fault}")
 
 
 def compare(path, claimed, found):
@@ -561,58 +632,77 @@ def compare(path, claimed, found):
         raise InputError(f"{path}: pixels of another size or type than the file claims")
 
 
-def read_plain(path):
-    """Read a PNG or JPEG, turned upright: see read_pixels."""
-    data, lost, pixels = np.fromfile(path, np.uint8), [], None
-    chunks = dict(png_chunks(data.tobytes()))
-    if b"IHDR" in chunks:
-        width, height, depth = struct.unpack(">IIB", chunks[b"IHDR"][:9])
-        refuse_size(path, height, width)
-        lost = [name for chunk, name in UNWRITTEN.items() if chunk in chunks]
-    elif data[6:10].tobytes() == b"JFIF" and data[13]:
-        lost = ["dpi"]
-    with suppress(cv2.error):
+def read_plain(path, crop=0):
+    """Read a PNG or JPEG, turned upright: see read_pixels.
+
+    Pillow reads what the file says of its pixels, OpenCV the pixels: Pillow has no colours
+    of 16 bits.
+    """
+    with Image.open(path) as image:
+        width, height = image.size
+        refuse_size(path, height, width, crop)
+        coding = image.tile[0].args if image.format == "PNG" else ""  # such as RGB;16B
+        if coding:
+            image.load()  # metadata may stand behind the pixels
+        told = image.info
+    with silent_stderr():  # libpng speaks of profiles that it does not like
+        data = np.fromfile(path, np.uint8)
         pixels, *found = cv2.imdecodeWithMetadata(data, cv2.IMREAD_UNCHANGED)
     if pixels is None:
-        raise InputError(
-            f"{path} is damaged, over 33 million pixels, or not a PNG, JPEG or TIFF image"
-        )
+        raise ValueError("its pixels cannot be decoded")
     size, dtype = pixels.shape[:2], pixels.dtype
-    refuse_size(path, *size)
-    if b"IHDR" in chunks:
-        claimed = np.dtype(np.uint16 if depth > 8 else np.uint8)
-        compare(path, ((height, width), claimed), (size, dtype))
+    compare(path, (height, width), size)
+    if coding:
+        compare(path, np.dtype(np.uint16 if "16" in coding else np.uint8), dtype)
     pixels = pixels.reshape(*size, -1)
-    if pixels.shape[2] == 1 and b"tRNS" in chunks:
-        (clear,) = struct.unpack(">H", chunks[b"tRNS"])
-        clear *= 255 // (2**depth - 1) if depth < 8 else 1
-        alpha = np.where(pixels == clear, 0, np.iinfo(dtype).max).astype(dtype)
+    if pixels.shape[2] == 1 and "transparency" in told:
+        # Pillow scales the number of a single bit alone, OpenCV all pixels.
+        scale = {"L;2": 85, "L;4": 17}.get(coding, 1)
+        clear = pixels == scale * told["transparency"]
+        alpha = np.where(clear, 0, np.iinfo(dtype).max).astype(dtype)
         pixels = np.concatenate([pixels, pixels, pixels, alpha], 2)
-    blobs = dict(zip(map(int, found[0]), map(np.ravel, found[1])))
-    pixels = turn_upright(pixels, blobs)
+    written = {"iccprofile": told.get("icc_profile"), "xmp": told.get("xmp")}
+    written["exif"] = told.get("exif", b"").removeprefix(b"Exif\0\0")
+    for kind, content in zip(*found):
+        if kind == cv2.IMAGE_METADATA_CICP:  # which Pillow passes over
+            written["cicp"] = content.tobytes()
+    if written["xmp"] and GAIN_MAP.search(written["xmp"]):
+        del written["xmp"]
+    pixels = turn_upright(pixels, written)
     order = [2, 1, 0, 3][: pixels.shape[2]] if pixels.shape[2] > 2 else [0]
-    written = {"blobs": blobs, "lost": ", ".join(lost)}
+    written = {key: value for key, value in written.items() if value}
     return pixels[..., order], min(len(order), 3), 8 * pixels.itemsize, written
 
 
-def png_chunks(data):
-    """Yield the chunks of a PNG file's bytes: their types and contents."""
-    at = 8
-    while data.startswith(b"\x89PNG") and at + 8 <= len(data):
-        size, kind = struct.unpack(">I4s", data[at : at + 8])
-        yield kind, data[at + 8 : at + 8 + size]
-        at += size + 12
+@contextmanager
+def silent_stderr():
+    """Drop what a C library writes to stderr."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
-def turn_upright(pixels, blobs):
-    """Turn pixels (H, W, samples) as their EXIF says, which then says upright."""
+def turn_upright(pixels, written):
+    """Turn pixels (H, W, samples) as their EXIF says, which then says upright.
+
+    Args:
+        written: has `exif`, and perhaps `xmp`, which may repeat the orientation.
+    """
     turned = 1
     with suppress(Exception):  # none, or damaged
-        exif = io.BytesIO(blobs[cv2.IMAGE_METADATA_EXIF].tobytes())
+        exif = io.BytesIO(written["exif"])
         with tifffile.TiffFile(exif, mode="r+") as tags:
             turned = tags.pages[0].tags[ORIENTATION].value
             tags.pages[0].tags[ORIENTATION].overwrite(1)
-        blobs[cv2.IMAGE_METADATA_EXIF] = np.frombuffer(exif.getvalue(), np.uint8)
+        written["exif"] = exif.getvalue()
+    if turned != 1 and written.get("xmp"):
+        upright = rb"\g<1>1", written["xmp"]
+        written["xmp"] = re.sub(rb"(tiff:Orientation(?:=[\"']|>))\d", *upright)
     pixels = pixels.swapaxes(0, 1) if turned in (5, 6, 7, 8) else pixels
     pixels = pixels[:, ::-1] if turned in (2, 3, 6, 7) else pixels
     return np.ascontiguousarray(pixels[::-1] if turned in (3, 4, 7, 8) else pixels)
@@ -621,24 +711,39 @@ def turn_upright(pixels, blobs):
 def encode(suffix, pixels, written):
     """Return the bytes of a PNG or JPEG.
 
+    Pillow writes JPEGs, which OpenCV does not with a large profile, or XMP.
+
     Args:
         suffix: of the format.
-        pixels: as OpenCV has them.
-        written: what else the file holds: `blobs`, OpenCV's kind -> bytes; iccprofile.
+        pixels: (H, W, samples), as OpenCV has them.
+        written: what else the file holds, as bytes: iccprofile, exif, xmp, cicp.
     """
-    blobs = dict(written.get("blobs", {}))
-    if "iccprofile" in written:  # a TIFF's
-        blobs[cv2.IMAGE_METADATA_ICCP] = np.frombuffer(written["iccprofile"], np.uint8)
-    # No chroma is left out: known pixels of a colour JPEG come back as they are.
-    best = [cv2.IMWRITE_JPEG_QUALITY, 100, cv2.IMWRITE_JPEG_SAMPLING_FACTOR]
-    best = [*best, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444] if suffix in JPEG else []
-    for kept in (blobs, {}):  # without them where one is damaged, or of other channels
-        with suppress(cv2.error):
-            known = list(kept), list(kept.values())
-            made, data = cv2.imencodeWithMetadata(suffix, pixels, *known, best)
-            if made:
-                return data.tobytes()
-    raise OSError(None, f"OpenCV writes no such {suffix}")
+    profile, gray = written.get("iccprofile") or b"", pixels.shape[2] == 1
+    if profile[16:20] != (b"GRAY" if gray else b"RGB "):  # a CMYK JPEG's, say
+        profile = b""
+    exif, xmp = written.get("exif", b""), written.get("xmp", b"")
+    file = io.BytesIO()
+    if suffix in JPEG:
+        image = Image.fromarray(pixels[..., 0] if gray else pixels[..., ::-1].copy())
+        kept = {"icc_profile": profile, "exif": exif and b"Exif\0\0" + exif, "xmp": xmp}
+        # No chroma is left out: known pixels of a colour JPEG come back as they are.
+        image.save(file, "jpeg", quality=100, subsampling=0, **kept)
+        return file.getvalue()
+    made, data = cv2.imencode(suffix, pixels)
+    if not made:
+        raise OSError(None, f"OpenCV writes no such {suffix}")
+    header, rest = np.split(data, [33])  # signature and IHDR
+    file.write(header)
+    for kind, content, head in (
+        (b"cICP", written.get("cicp"), b""),
+        (b"iCCP", profile and zlib.compress(profile), b"ICC Profile\0\0"),
+        (b"eXIf", exif, b""),
+        (b"iTXt", xmp, b"XML:com.adobe.xmp\0\0\0\0\0"),
+    ):
+        if content:
+            PngImagePlugin.putchunk(file, kind, head, content)
+    file.write(rest)
+    return file.getvalue()
 
 
 def stack_of(path):
@@ -664,7 +769,7 @@ def planes(path):
     return [path / number for number in numbers] if count > 1 else [path]
 
 
-def read_tiff(path):
+def read_tiff(path, crop=0):
     """Read a TIFF file, or a plane of one: see read_pixels."""
     stack = stack_of(path)
     with tifffile.TiffFile(stack or path) as tiff:
@@ -678,7 +783,7 @@ def read_tiff(path):
             number -= n
         page, arguments = one.keyframe, tiff_arguments(path, one)
         arguments |= {} if stack else tiff_metadata(tiff, one)
-        pixels = read_plane(path, tiff, one, number)
+        pixels = read_plane(path, tiff, one, number, crop)
         if page.axes == "SYX":
             pixels = np.moveaxis(pixels, 0, 2)
         if page.photometric == 3 and arguments["photometric"] == "rgb":
@@ -693,11 +798,11 @@ def read_tiff(path):
     )
 
 
-def read_plane(path, tiff, series, number):
+def read_plane(path, tiff, series, number, crop):
     """Read a plane of a series, whose shape and type are what the file claims."""
     page = series.keyframe
     size = [page.shape[page.axes.index(axis)] for axis in "YX"]
-    refuse_size(path, *size)
+    refuse_size(path, *size, crop)
     if series.dataoffset is not None:  # one array, perhaps with but one plane's tags
         at, kind = series.dataoffset, page.dtype.newbyteorder(tiff.byteorder)
         file = stack_of(path) or path
@@ -877,14 +982,14 @@ def gaussian_noise(shape, sigma, seed):
     return noise
 
 
-def score(image, clean):
+def score(image, clean, ends=None):
     """PSNR in dB and SSIM (Wang et al. 2004) of an image (C, H, W).
 
     Their peak is 1, or the reference's range where it leaves [0, 1], as scikit-image has
-    it. The image is clipped to [0, 1], and to no other range. Entries that are not finite
-    in the clean image are not scored.
+    it, or from one of `ends` to the other. The image is clipped to [0, 1], and to no other
+    range. Entries that are not finite in the clean image are not scored.
     """
-    low, high = black_and_white(clean)
+    low, high = ends or black_and_white(clean)
     wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     squares, ssim, count = 0.0, 0.0, 0
     for ours, its in zip(image, clean):  # by channel, for memory's sake
@@ -899,23 +1004,75 @@ def score(image, clean):
         return float(-10 * np.log10(squares / max(count, 1))), float(ssim)
 
 
+MATCHED = 1024  # side of the middle part by which a shift is found, pixels
+
+
+class Moved(NamedTuple):
+    """The score of an image that was moved onto the clean one."""
+
+    psnr: float  # dB
+    down: float  # pixels
+    right: float
+
+    def __str__(self):
+        down = f"{abs(self.down):.1f} {'down' if self.down > 0 else 'up'}"
+        right = f"{abs(self.right):.1f} {'right' if self.right > 0 else 'left'}"
+        return f"{self.psnr:.2f} dB if moved {down}, {right}"
+
+
+def score_moved(image, clean):
+    """Score an image at the best shift by parts of a pixel; None where none is found.
+
+    A PSF that is estimated, or has its mass beside its centre, moves the result, whose
+    plain score then says little. The shift is where both images' cross-correlation is
+    largest (Guizar-Sicairos et al. 2008). The clean image is moved to the other, for
+    interpolation would average the other's noise; a border as wide as the shift is left out.
+
+    Args:
+        image, clean: (C, H, W).
+    """
+    size = clean.shape[1:]
+    middle = (slice(max(0, n - MATCHED) // 2, (n + MATCHED) // 2) for n in size)
+    middle = (slice(None), *middle)
+    fixed, gray = (x[middle].mean(0, dtype=np.float64) for x in (clean, image))
+    if not np.isfinite(fixed).all() or np.ptp(fixed) == 0:
+        return None
+    window = np.outer(*map(np.hanning, fixed.shape))
+    shift = np.zeros(2)  # of the image against the clean one
+    for _ in range(3):  # the window draws the first shift towards 0, the others less
+        moved = scipy.ndimage.shift(fixed, shift, mode="nearest")
+        pair = [(x - x.mean()) * window for x in (gray, moved)]
+        told = {"upsample_factor": 20, "normalization": None}
+        shift = shift + phase_cross_correlation(*pair, **told)[0]
+        if (np.abs(shift) > np.array(fixed.shape) / 4).any():
+            return None
+    edge = math.ceil(np.abs(shift).max())
+    inner = (slice(None), *(slice(edge, n - edge) for n in size))
+    moved = np.stack([scipy.ndimage.shift(x, shift, mode="nearest") for x in clean])
+    psnr, _ = score(image[inner], moved[inner], black_and_white(clean))
+    return Moved(psnr, *(0.0 - shift).tolist())
+
+
 # --- drawing -------------------------------------------------------------------------
 
 PANEL = 1024  # pixels a side in comparison.png, at most
 TALL = 4  # a picture's height over its width, at most
 TAIL = 0.001  # share of the pixels beyond its black, and its white, if not of 8 bits
 BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes with an image alone
-COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr", "seconds")
+COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr")
+COLUMNS += ("moved_psnr", "down", "right", "seconds")  # see score_moved
 
 
 def row_text(row):
     """Write a test as a line of the log."""
-    step, loss, psnr, ssim, ensemble, _ = row
+    step, loss, psnr, ssim, ensemble, *moved, _ = row
     line = f"step {step:7d}  loss {loss:.6f}"
     if psnr is not None:
         line += f"  PSNR {psnr:.3f} dB  SSIM {ssim:.4f}"
     if ensemble != psnr:
         line += f"  plain ensemble {ensemble:.3f} dB"
+    if moved[0] is not None:
+        line += f"  ({Moved(*moved)})"
     return line
 
 
@@ -937,7 +1094,7 @@ def comparison(panels, ends):
     """Draw labelled images side by side; return the PNG's bytes.
 
     Args:
-        panels: (label, image (C, H, W), (PSNR, SSIM) or None) each.
+        panels: (label, image (C, H, W), its score as text or None) each.
         ends: the values that are black and white.
     """
     _, height, width = panels[0][1].shape
@@ -948,11 +1105,12 @@ def comparison(panels, ends):
     row = figure.subplots(
         1, len(panels), gridspec_kw=edges | {"wspace": 0.02}, subplot_kw=BARE
     )
-    for axes, (label, image, scores) in zip(row, panels):
+    for axes, (label, image, scored) in zip(row, panels):
         pixels = (image[:, ::every, ::every] - ends[0]) / max(ends[1] - ends[0], 1e-30)
         pixels = pixels.clip(0, 1).transpose(1, 2, 0)
         axes.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
-        axes.set_title(f"{label} {scores[0]:.2f} dB" if scores else label)
+        title = f"{label} {scored}" if scored else label
+        axes.set_title(title, fontsize="large" if len(title) < 40 else "small")
     return drawn(figure)
 
 
@@ -1008,7 +1166,7 @@ RESULTS = ["error.mat", "Self2Self-[0-9]*.png", "comparison.png", "uncertainty.p
 RESULTS += [f"restored{suffix}" for suffix in SUFFIXES]
 OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "kernel.png"]
 OWN_FILES += ["checkpoint.pt", *RESULTS]
-CHECKPOINT_FORMAT = 7
+CHECKPOINT_FORMAT = 8
 # Seconds between two checkpoints; where saving is slow, so many times what the last one took.
 SAVE_EVERY, SAVING = 60, 20
 SPEAK_EVERY = 60  # seconds between two lines on stderr where it is no terminal
@@ -1031,6 +1189,7 @@ class Result:
         self.folder = results_folder(path, args.model_type, settings_name)
         self.rows, self.notes, self.seconds, self.begun = [], [], 0.0, False
         self.gaps = self.as_read = None
+        self.may_be_moved = False  # by its PSF: it is scored at the best shift, too
         self.saved = self.saved_at = self.bar = None  # saved: what to go on from
 
     def read(self, margin=((0, 0), (0, 0))):
@@ -1128,13 +1287,7 @@ class Result:
             draws = np.random.default_rng((self.args.seed, 1)).random(known.shape)
             known = (draws >= self.args.missing).astype(np.float32)
         if self.args.mask:
-            mask = read_picture(self.args.mask, self.args.crop)
-            if mask.suffix in JPEG:
-                raise InputError(
-                    f"{self.args.mask}: a JPEG's zeros are not exact; save it as PNG"
-                )
-            known = (mask.image != 0).astype(np.float32)
-            known = known[:1] if (known == known[:1]).all() else known
+            mask, known = read_mask(self.args.mask, self.args.crop)
             fits = len(known) in {1, len(picture.image)}
             self._refuse_misfit(self.args.mask, mask, picture, fits)
         return known
@@ -1221,15 +1374,15 @@ class Result:
             if self.args.observed and noise.kind == "white":
                 self.heading += f", --noise_sigma {float(f'{noise.sigma():.3g}'):g}"
             self.heading += ")"
-        if self.noiseless and self.known.all():
+        missing = 1 - self.known[self.place].mean(dtype=np.float64)
+        if missing:
+            self.heading += f", {missing:.2%} missing"
+        elif self.noiseless:
             self.heading += ": it comes back as it is"
         tqdm.write(self.heading)
         if shown != (0, 1):
             low, high = (peak * end for end in shown)
             tqdm.write(f"{self.name}: PNGs show {low:.4g} black and {high:.4g} white")
-        if self.picture.encoder_arguments.get("lost"):
-            lost = self.picture.encoder_arguments["lost"]
-            tqdm.write(f"{self.name}: its metadata is kept, but for {lost}")
         wanted = self.args.num_prediction
         made = learner.ensemble_size(wanted)
         if made < wanted and "num_prediction" in self.args.given:
@@ -1303,21 +1456,30 @@ class Result:
         if self.gaps is not None:
             images = [np.where(self.gaps, self.as_read, x) for x in images]
         peak, step = self.picture.peak, learner.step
-        result, scores, plain = images[-1], None, None
+        result, scores, plain, moved = images[-1], None, None, None
         if self.clean is not None:
             scores = score(result, self.clean)
             plain = scores[0] if error is None else score(images[0], self.clean)[0]
+            moved = score_moved(result, self.clean) if self.may_be_moved else None
         seconds = time.perf_counter() - self.started
-        scores_or_none = scores or (None, None)
-        self.rows.append((step, learner.mean_loss(), *scores_or_none, plain, seconds))
+        row = step, learner.mean_loss(), *(scores or (None, None)), plain
+        self.rows.append((*row, *(moved or (None, None, None)), seconds))
         if error is not None:
             save_mat(self.folder / "error.mat", "error", peak**2 * error[self.place])
         for name in (f"Self2Self-{step}.png", f"restored{self.picture.suffix}"):
             self.picture.save(self.folder / name, result)
+        rounding = self.picture.rounding(result)
+        if rounding > MOST_ROUNDING and step == self.iteration:
+            tqdm.write(
+                f"{self.name}: rounding to whole numbers changes its mean by "
+                f"{rounding:.0%}; save the picture as float, in a TIFF"
+            )
         deviation = peak * np.sqrt(restored.variance[self.place].mean(0))
         write_atomically(self.folder / "uncertainty.png", uncertainty(deviation))
-        panels = [("observation", self.observation, self.scores)]
-        panels += [("restored", result, scores)]
+        shown = [x and f"{x[0]:.2f} dB" for x in (self.scores, scores)]
+        shown[1] = f"{shown[1]}, {moved}" if moved else shown[1]
+        panels = [("observation", self.observation, shown[0])]
+        panels += [("restored", result, shown[1])]
         panels += [] if self.clean is None else [("clean", self.clean, None)]
         # of a dark picture of 16 bits nothing would be seen
         ends = (0, 1) if self.eight_bits else np.nanquantile(result, (TAIL, 1 - TAIL))
@@ -1582,7 +1744,8 @@ class Run:
             record = read_record(self._folder(file))
             since = self.started - (0 if file in self.paths else SKEW)
             resumed = self.args.resume and str(file) not in self.failed
-            own = record and "heading" in record  # no joined stack's
+            # No joined stack's, nor another version's.
+            own = record and record.get("columns") == [*COLUMNS]
             if own and (resumed or record["written"] >= since):
                 found[file] = record
         return found
@@ -1603,7 +1766,7 @@ class Run:
             lines += map(row_text, record["rows"])
             rows += [(record["name"], *row) for row in record["rows"]]
             if record["finished"]:
-                step, _, psnr, ssim, _, seconds = record["rows"][-1]
+                step, _, psnr, ssim, *_, seconds = record["rows"][-1]
                 before = (record["observation"] or [None])[0]
                 cells = record["size"], before, psnr, ssim, step, round(seconds, 1)
                 table.append((record["name"], *cells))

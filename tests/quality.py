@@ -171,7 +171,7 @@ def scores(case, folder, extra):
         command = [sys.executable, ROOT / f"{case.script}.py", *words]
         subprocess.run([*map(str, command)], cwd=folder, check=True)
         return scores(case, folder, None)
-    _, _, psnr, ssim, network, seconds = record["rows"][-1]
+    _, _, psnr, ssim, network, *_, seconds = record["rows"][-1]
     found = {"observation": record["observation"][0], "network": network}
     found |= {"you get": psnr, "SSIM": ssim, "seconds": seconds}
     if case.table == "levin":  # what is found may be shifted

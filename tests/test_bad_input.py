@@ -53,6 +53,7 @@ def bad_inputs():
         ("--path good.png --mask text.png", "text.png is damaged"),
         ("--path good.png --mask black.png", "every pixel is missing"),
         ("--path good.png --mask wide.png", "wide.png: 40x32"),
+        ("--path good.png --mask white.png", "white.png: no pixel of this mask is 0"),
         ("--path good.png --mask coloured.png", "coloured.png: 32x32 colour"),
         ("--path good.png --mask whole.jpg", "a JPEG's zeros are not exact"),
         ("--fuse on --drop_rate 0", "--drop_rate"),
@@ -110,6 +111,7 @@ def bad_inputs():
         ("--kernel object.npy", "object.npy: no PSF can be read"),
         ("--kernel text.mat", "text.mat: no PSF can be read"),
         ("--kernel cut.png", "cut.png is damaged"),
+        ("--kernel text.txt", "text.txt: a PSF is .mat, .npy or an image"),
         ("--path good.png --kernel_size 33", "larger than the image of 32x32"),
         ("--path good.png --kernel_size 33 --observed --boundary wrap", "larger"),
         ("--path good.png --boundary valid --kernel_size 2", "leaves 31x31 pixels"),
@@ -132,7 +134,8 @@ def bad_files():
     write("rgb.png", channels=3)
     write("small.png", side=31)
     cv2.imwrite("black.png", np.zeros((32, 32), np.uint8))
-    cv2.imwrite("wide.png", np.ones((32, 40), np.uint8))
+    cv2.imwrite("white.png", np.full((32, 32), 255, np.uint8))
+    cv2.imwrite("wide.png", np.eye(32, 40, dtype=np.uint8))
     write("coloured.png", channels=3)
     write("big.png", side=64)
     write("images/in/good.png")

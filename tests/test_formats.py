@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 from scripts import run
 
 import utils
@@ -226,8 +226,9 @@ def test_a_tiny_file_that_claims_any_size_is_refused():
     with tifffile.TiffFile("a.tif", mode="r+") as file:
         for tag, value in (("ImageWidth", 60000), ("ImageLength", 60000)):
             file.pages[0].tags[tag].overwrite(value)
-    with pytest.raises(utils.InputError, match="33 million"):
-        utils.read_picture("a.tif")
+    for crop in (0, 32):
+        with pytest.raises(utils.InputError, match="60000x60000 pixels, over 268"):
+            utils.read_picture("a.tif", crop)
     tifffile.imwrite("b.tif", random(2, 40, 40), imagej=True)
     data = Path("b.tif").read_bytes().replace(b"images=2", b"images=9")
     Path("b.tif").write_bytes(data)
@@ -286,11 +287,83 @@ def test_a_gray_pngs_transparent_number_is_alpha(dtype):
     np.testing.assert_array_equal(picture.alpha, expected)
 
 
-def test_what_cannot_be_written_is_named_once(capsys):
-    Image.fromarray(random(40, 48, dtype="uint8")).save("a.png", dpi=(300, 300))
-    restored(name="a.png")
-    said = "a.png: its metadata is kept, but for dpi"
-    assert capsys.readouterr().out.count(said) == 1
+GAIN_MAP = b'<x:xmpmeta xmlns:hdrgm="http://ns.adobe.com/hdr-gain-map/1.0/"/>'
+PLAIN_XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def camera_file(name, xmp):
+    """Write a file as cameras do: a profile, EXIF of orientation 6, XMP, a second picture."""
+    exif = Image.Exif()
+    exif[274], exif[271] = 6, "a maker"
+    told = {"icc_profile": PROFILE, "exif": exif, "xmp": xmp}
+    image, small = Image.new("RGB", (48, 40), "red"), Image.new("RGB", (8, 8))
+    if name.endswith("png"):
+        xmp_chunk = PngImagePlugin.PngInfo()
+        xmp_chunk.add_itxt("XML:com.adobe.xmp", told.pop("xmp").decode())
+        image.save(name, pnginfo=xmp_chunk, **told)
+    else:
+        told |= {"save_all": True, "append_images": [small]}
+        image.save(name, "MPO", **told)
+
+
+@pytest.mark.parametrize("made", ["out.jpg", "out.png"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.filterwarnings("error")
+def test_profile_exif_and_xmp_come_back(name, made, capfd):
+    for xmp in (PLAIN_XMP, GAIN_MAP):
+        camera_file(name, xmp)
+        picture = utils.read_picture(name)
+        picture.save(made, picture.image)
+        with Image.open(made) as kept:
+            assert kept.info["icc_profile"] == PROFILE
+            assert (kept.getexif()[274], kept.getexif()[271]) == (1, "a maker")
+            upright = PLAIN_XMP.replace(b"6", b"1") if xmp == PLAIN_XMP else None
+            assert kept.info.get("xmp") == upright and kept.size == (40, 48)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_a_profile_of_any_size_comes_back_where_it_fits_the_pixels(name, capfd):
+    random_bytes = random(2**21, dtype="uint8").tobytes()
+    large = struct.pack(">I", len(PROFILE) + 2**21) + PROFILE[4:] + random_bytes
+    for shape, profile in (((40, 48, 3), large), ((40, 48), None)):
+        pixels = random(*shape, dtype="uint8")
+        Image.fromarray(pixels).save(name, icc_profile=large)
+        picture = utils.read_picture(name)
+        picture.save(f"out{picture.suffix}", picture.image)
+        assert Image.open(f"out{picture.suffix}").info.get("icc_profile") == profile
+    assert capfd.readouterr().err == ""  # libpng dislikes colours' profiles on gray
+
+
+def test_metadata_behind_a_pngs_pixels_is_found():
+    camera_file("a.png", PLAIN_XMP)
+    data = Path("a.png").read_bytes()
+    at = data.index(b"eXIf") - 4
+    end = at + 12 + int.from_bytes(data[at : at + 4])
+    Path("a.png").write_bytes(data[:at] + data[end:-12] + data[at:end] + data[-12:])
+    assert utils.read_picture("a.png").image.shape == (3, 48, 40)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+def test_a_crop_of_a_picture_that_is_too_large_as_a_whole(name):
+    whole = np.zeros((4160, 8192), np.uint8)
+    whole[2064:2096, 4080:4112] = 200  # the middle
+    cv2.imwrite(name, whole, [cv2.IMWRITE_TIFF_COMPRESSION, 1])
+    assert (utils.read_picture(name, 32).image > 0.75).all()
+    for crop in (0, 8190):
+        with pytest.raises(utils.InputError, match="8192x4160 pixels, over 33 mill"):
+            utils.read_picture(name, crop)
+
+
+@pytest.mark.parametrize("side", [16000, 60000])
+def test_a_tiny_jpeg_that_claims_any_size_is_not_decoded(side, monkeypatch):
+    monkeypatch.delattr(cv2, "imdecodeWithMetadata")
+    data = bytearray(jpeg_of(random(40, 48, 3, dtype="uint8")))
+    at = data.index(b"\xff\xc0") + 5  # the frame's height and width
+    data[at : at + 4] = struct.pack(">HH", side, side)
+    Path("a.jpg").write_bytes(data)
+    with pytest.raises(utils.InputError, match=f"{side}x{side} pixels"):
+        utils.read_picture("a.jpg", 32)
 
 
 def test_a_pngs_coding_of_colours_is_kept():
@@ -312,6 +385,35 @@ def test_three_channels_alike_are_one_and_come_back_as_three(suffix):
     made = cv2.imread(str(restored(name=f"a.{suffix}")), cv2.IMREAD_UNCHANGED)
     assert made.shape == pixels.shape
     assert (made == made[..., :1]).all()
+
+
+def test_a_mask_says_what_is_missing_as_it_looks(capsys):
+    hole = np.full((40, 40), 255, np.uint8)
+    hole[10:14, 3:8] = 0  # 20 of 1600 pixels
+    white = np.full_like(hole, 255)
+    cv2.imwrite("black.png", hole)
+    cv2.imwrite("clear.png", np.dstack([white, white, white, hole]))
+    cv2.imwrite("feathered.png", hole - (hole == 255) * np.uint8(9))
+    tifffile.imwrite("white_is_zero.tif", 255 - hole, photometric="miniswhite")
+    tifffile.imwrite("float.tif", 1 - hole / np.float32(255), photometric="miniswhite")
+    for name in ("black.png", "clear.png", "feathered.png", *Path().glob("*.tif")):
+        _, known = utils.read_mask(name)
+        np.testing.assert_array_equal(known, hole[None] > 0)
+    cv2.imwrite("a.png", random(40, 40, dtype="uint8"))
+    restored("--observed --noise_sigma 0 --mask clear.png", "a.png")
+    told = capsys.readouterr().out
+    assert "1.25% missing" in told and "as it is" not in told
+
+
+def test_an_integer_file_of_photon_counts_says_to_save_as_float(capsys):
+    counts = RNG.poisson(0.5, (40, 40))
+    tifffile.imwrite("a.tif", counts.astype("uint16"))
+    tifffile.imwrite("many.tif", (400 * counts).astype("uint16"))
+    tifffile.imwrite("float.tif", counts.astype("float32"))
+    for name, said in (("a.tif", 1), ("many.tif", 0), ("float.tif", 0)):
+        restored("--observed --noise_sigma 0 --missing 0.9", name)
+        words = "save the picture as float"
+        assert capsys.readouterr().out.count(words) == said, name
 
 
 def test_damaged_tiffs_are_no_noise_on_stderr():

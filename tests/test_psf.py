@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.io
 import skimage.data
+import tifffile
 from scipy.optimize import nnls
 from scipy.signal import convolve2d
 from scripts import run
@@ -14,7 +15,8 @@ from test_boundary import results
 from test_noise import photograph
 from test_options import chosen
 
-from deblur import gaussian_psf
+import utils
+from deblur import gaussian_psf, read_psf
 from network import psf as estimation
 from network.psf import doubt, estimate_psf, point
 
@@ -187,3 +189,68 @@ def test_what_cannot_be_estimated_is_said(flags, text, capsys):
     flags = flags if "--path" in flags else f"{flags} --path a.png"
     assert run("deblur", flags) == 2
     assert text in capsys.readouterr().err
+
+
+def bead(offset, peak=1000):
+    """A bead on a camera's offset, which has noise, 16 bits."""
+    noise = np.random.default_rng(0).normal(0, 2, (31, 31))
+    spot = gaussian_psf(31, 2.0)
+    return np.rint(offset + noise + peak * spot / spot.max()).clip(0).astype(np.uint16)
+
+
+def test_a_cameras_offset_is_no_part_of_a_bead(capsys):
+    tifffile.imwrite("bead.tif", bead(100))
+    truth = gaussian_psf(31, 2.0)
+    found = read_psf("bead.tif")
+    assert "its border is flat: 100 is subtracted" in capsys.readouterr().out
+    assert np.abs(found - truth).max() < 0.1 * truth.max()
+    assert found[0].sum() < 0.01  # as it is, a thirtieth
+    np.save("bead.npy", bead(100))
+    scipy.io.savemat("bead.mat", {"kernel": bead(100)})
+    tifffile.imwrite("high.tif", bead(300))  # a fifth of the peak, and more
+    tifffile.imwrite("none.tif", bead(0))
+    uneven = bead(100)
+    uneven[0, :9] = 200
+    tifffile.imwrite("uneven.tif", uneven)
+    for name, given in (
+        ("bead.npy", bead(100)),
+        ("bead.mat", bead(100)),
+        ("high.tif", bead(300)),
+        ("none.tif", bead(0)),
+        ("uneven.tif", uneven),
+    ):
+        np.testing.assert_allclose(read_psf(name), given / given.sum(), rtol=1e-12)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_psf_whose_file_calls_white_zero_is_read_as_it_looks(dtype):
+    shown = np.rint(np.iinfo(dtype).max * MOTION / MOTION.max()).astype(dtype)
+    inverted = np.iinfo(dtype).max - shown
+    tifffile.imwrite("a.tif", inverted, photometric="miniswhite")
+    np.testing.assert_allclose(read_psf("a.tif"), shown / shown.sum())
+
+
+@pytest.mark.parametrize("name", ["psf.txt", "psf.csv", "psf.fits", "psf"])
+def test_a_psf_of_another_format_is_named(name):
+    Path(name).write_bytes(b"SIMPLE  =                    T".ljust(2880))
+    with pytest.raises(utils.InputError, match=r"a PSF is \.mat, \.npy or an image"):
+        read_psf(name)
+
+
+def test_a_result_that_its_psf_has_moved_is_scored_at_the_best_shift(capsys):
+    moved = np.pad(MOTION, ((6, 0), (0, 4)))  # 3 pixels down, 2 left
+    clean = np.rint(skimage.data.camera()[60:160, 180:280])
+    y = convolve2d(skimage.data.camera()[50:170, 170:290] / 255, MOTION, mode="same")
+    cv2.imwrite("clean.png", clean)
+    cv2.imwrite("a.png", np.rint(255 * y[10:110, 10:110]))
+    np.save("moved.npy", moved)
+    np.save("true.npy", MOTION)
+    flags = "--path a.png --observed --reference clean.png --iteration 1 --kernel "
+    assert run("deblur", f"{flags} true.npy") == 0
+    assert "if moved" not in capsys.readouterr().out
+    assert run("deblur", f"{flags} moved.npy") == 0
+    assert "dB if moved" in capsys.readouterr().out
+    table = Path("logs/deblur/log.csv").read_text().splitlines()
+    assert table[0].endswith("moved_psnr,down,right,seconds")
+    assert "dB if moved" in Path("logs/deblur/log.txt").read_text()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.io
 import scipy.ndimage
+import skimage.data
 import torch
 
 import deblur
@@ -115,6 +116,33 @@ def test_scores_are_those_of_the_clipped_image():
     assert utils.score(far, clean) == utils.score(near, clean)
     high = [1e6 + np.float64(x) for x in (clean + error, clean)]  # heights, say
     assert utils.score(*high) == pytest.approx(utils.score(clean + error, clean), 1e-2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shift", [(0, 0), (2.5, -0.7), (-6.2, 3.3)])
+def test_a_moved_image_is_scored_at_its_shift(channels, shift):
+    smooth = scipy.ndimage.gaussian_filter(skimage.data.camera() / 255, 1.0)
+    noise = np.random.default_rng(0).normal(0, 0.02, (channels, 160, 160))
+    moved = scipy.ndimage.fourier_shift(np.fft.fft2(smooth), shift)
+    moved = np.fft.ifft2(moved).real[150:310, 150:310] + noise
+    clean = np.broadcast_to(smooth[150:310, 150:310], moved.shape)
+    found = utils.score_moved(moved, clean)
+    np.testing.assert_allclose((found.down, found.right), np.negative(shift), atol=0.06)
+    expected = utils.score(clean + noise, clean)[0]
+    assert found.psnr == pytest.approx(expected, abs=0.2)
+    assert not any(shift) or utils.score(moved, clean)[0] < expected - 5
+    assert utils.score_moved(moved, np.zeros_like(clean)) is None
+
+
+def test_rounding_to_whole_numbers_is_measured(tmp_path):
+    counts = RNG.poisson(0.58, (1, 40, 40))
+    for name, dtype, least in (("a.tif", "uint16", 0.2), ("b.tif", "float32", 0)):
+        cv2.imwrite(str(tmp_path / name), counts[0].astype(dtype))
+        picture = utils.read_picture(tmp_path / name)
+        restored = np.full_like(picture.image, 0.4 / picture.peak)
+        rounding = picture.rounding(restored)
+        assert rounding == pytest.approx(1 if least else 0, abs=1e-6)
+        assert picture.rounding(restored * 1000) < 1e-3
 
 
 def test_mat_files_repeat(tmp_path, monkeypatch):
