@@ -1604,8 +1604,9 @@ class Run:
             if not record or "heading" not in record:  # a joined stack's
                 continue
             since = self.started - (0 if file in ours else SKEW)
-            fails = str(file) in failed or record.get("failed_at", 0) >= since
-            if record["written"] >= since or (self.args.resume and not fails):
+            marked = record.get("failed_at", 0) >= since  # by another process
+            resumed = self.args.resume and str(file) not in failed
+            if not marked and (resumed or record["written"] >= since):
                 found[file] = record
         return found
 
