@@ -1011,9 +1011,9 @@ class Result:
         self.folder = results_folder(path, args.model_type, settings_name)
         self.rows, self.losses, self.notes = [], [], []
         self.seconds, self.begun, self.bar = 0.0, False, None
-        self.state = self.saved_step = None  # what to go on from; its step
+        self.state = self.saved_step = None  # to go on from; the last checkpoint's step
         self.learner = self.stopping = (
-            None  # while it trains; the exit status asked for
+            None  # that trains; exit status that is asked for
         )
         # A training whose schedule has come to its end cannot be made longer.
         self.extends = args.schedule == "constant"
@@ -1184,12 +1184,8 @@ class Result:
             self.state, self.seconds = saved["learner"], saved["seconds"]
         else:
             path, saved = self.folder / "record.json", read_record(self.folder)
-            restored = self.folder / f"restored{self.picture.suffix}"
-            if (
-                not saved
-                or not restored.exists()
-                or not self._reaches_end(saved["rows"])
-            ):
+            complete = saved and self._reaches_end(saved["rows"])
+            if not complete or not self._restored_path().exists():
                 return False
         was, now = saved["made_from"], self.made_from
         changed = [k for k in was.keys() | now.keys() if was.get(k) != now.get(k)]
@@ -1370,7 +1366,10 @@ class Result:
         if not failed and not self.extends:
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         if self.rows:
-            print(self.folder / f"restored{self.picture.suffix}")
+            print(self._restored_path())
+
+    def _restored_path(self):
+        return self.folder / f"restored{self.picture.suffix}"
 
     def _write_record(self, finished=False, failed=None):
         """Write what is known of this image as JSON."""
@@ -1487,6 +1486,7 @@ class Run:
         self.started = time.time()
         self.logged, self.drawn = {}, []  # records; their tests
         self.logged_at, self.logging = -math.inf, 0.0  # when, and how long it took
+        self.behind = False  # whether a test is not in the logs yet
         try:
             self.settings = named_settings(args, defaults, psf)
             self.log = Path(args.log_path)
@@ -1548,7 +1548,8 @@ class Run:
         except (KeyboardInterrupt, SystemExit) as stop:
             report(f"{result.name}: interrupted; {result.whats_left()}")
             with suppress(OSError):
-                self.write_logs()
+                if self.behind:
+                    self.write_logs()
             sys.exit(stop.code if isinstance(stop, SystemExit) else 130)
         except Exception as error:
             message = reason(error, result.path, result.size)
@@ -1613,7 +1614,8 @@ class Run:
     def _log_a_test(self):
         """Write the logs, but for where that would take much of the time: of many images."""
         started = time.perf_counter()
-        if started - self.logged_at >= LOGGING * self.logging:
+        self.behind = started - self.logged_at < LOGGING * self.logging
+        if not self.behind:
             self.write_logs()
             self.logged_at = time.perf_counter()
             self.logging = self.logged_at - started

@@ -137,6 +137,10 @@ def test_logs_of_many_images_are_written_no_more_often_than_pays(monkeypatch):
     assert len(read) == 3 * 4 and len(drawn) == 2
     lines = Path("logs/denoise/log.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 * 2
+    monkeypatch.setattr(utils.Result, "finish", lambda _: sys.exit(99))
+    assert run("denoise", "--path in --test_frequency 1 --iteration 3") == 99
+    lines = Path("logs/denoise/log.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3  # what the end has missed is there
 
 
 def test_a_script_runs_in_a_thread_too():
