@@ -74,11 +74,12 @@ def restore(args, result):
     learner = network.Self2Self(y, identity, known, recipe, args.seed, args.device)
     result.begin(learner, y, found, n=n)
     result.resume(learner)  # with --resume
-    while learner.step < recipe.iteration:
-        learner.train_step()  # a network that dies starts over, at step 0
-        if result.is_test(learner.step) and learner.alive():
+    while not result.is_complete():
+        if result.awaits_test(learner):
             restored = learner.predict(args.num_prediction, result.advance)
             result.add(learner, restored, *learner.fuse(restored))
+        else:
+            learner.train_step()  # a network that dies starts over, at step 0
         result.keep(learner)
     result.finish()
 

@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -153,6 +154,18 @@ def digest(arrays):
     total = hashlib.sha256()
     for array in arrays:
         total.update(np.ascontiguousarray(array))
+    return total.hexdigest()
+
+
+def sources_digest(root=Path(__file__).parent):
+    """Return what tells this program from an edited one: of all sources below a folder.
+
+    Those are the scripts, the modules beside them and network/.
+    """
+    total = hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("network/**/*.py")]):
+        for part in (str(path.relative_to(root)).encode(), path.read_bytes()):
+            total.update(b"%d:" % len(part) + part)
     return total.hexdigest()
 
 
@@ -368,7 +381,7 @@ def named_settings(args, defaults, psf):
             shown = f"{value:g}" if isinstance(value, bool | float) else value
             parts += [f"{key}-{value}" if type(value) is str else f"{key}{shown}"]
     settings = others | {"observed": args.observed, "sigma": sigma, "psf": psf}
-    settings |= {"recipe": args.recipe, "mask": mask}
+    settings |= {"recipe": args.recipe, "mask": mask, "program": sources_digest()}
     return settings, "_".join(parts)
 
 
@@ -1146,15 +1159,18 @@ def curves(records):
     """Draw loss and PSNR over the steps, a line per image; return the PNG's bytes."""
     figure = new_figure((9, 4), 120)
     axes = figure.subplots(1, 2, gridspec_kw={"left": 0.09, "right": 0.98})
-    for column, title in enumerate(("loss", "PSNR (dB)"), 1):
-        for record in records:
-            points = [(row[0], row[column]) for row in record["rows"]]
-            if points and points[0][1] is not None:
-                # Of "$" Matplotlib makes formulas; "_" it leaves out at the beginning.
-                name = " " + record["name"].replace("$", r"\$")
-                axes[column - 1].plot(*zip(*points), marker=".", label=name)
-        axes[column - 1].set(xlabel="step", ylabel=title)
-        axes[column - 1].grid(alpha=0.3)
+    for record in records:
+        # Of "$" Matplotlib makes formulas; "_" it leaves out at the beginning.
+        name = " " + record["name"].replace("$", r"\$")
+        every = record["loss_every"]
+        losses = [(every * n, loss) for n, loss in enumerate(record["losses"], 1)]
+        scores = [(row[0], row[2]) for row in record["rows"] if row[2] is not None]
+        for axis, points in zip(axes, (losses, scores)):
+            if points:
+                axis.plot(*zip(*points), marker=".", label=name)
+    for axis, title in zip(axes, ("loss", "PSNR (dB)")):
+        axis.set(xlabel="step", ylabel=title)
+        axis.grid(alpha=0.3)
     if 0 < len(axes[0].lines) <= 12:
         axes[0].legend(fontsize="small")
     return drawn(figure)
@@ -1187,10 +1203,16 @@ class Result:
         self.name, self.size = "/".join(result_names(path)), "its size"
         self.write_logs = write_logs
         self.folder = results_folder(path, args.model_type, settings_name)
-        self.rows, self.notes, self.seconds, self.begun = [], [], 0.0, False
+        self.rows, self.losses, self.notes = [], [], []
         self.gaps = self.as_read = None
         self.may_be_moved = False  # by its PSF: it is scored at the best shift, too
-        self.saved = self.saved_at = self.bar = None  # saved: what to go on from
+        self.seconds, self.begun, self.bar = 0.0, False, None
+        self.state = self.saved_step = None  # to go on from; the last checkpoint's step
+        self.learner = self.stopping = (
+            None  # that trains; exit status that is asked for
+        )
+        # A training whose schedule has come to its end cannot be made longer.
+        self.extends = args.schedule == "constant"
 
     def read(self, margin=((0, 0), (0, 0))):
         """Read the picture.
@@ -1327,22 +1349,20 @@ class Result:
         self.observation = observation
         # Without noise and blur what is known is the result.
         self.noiseless = noise.kind == "none" and psf is None
-        self.iteration = learner.recipe.iteration
+        self.iteration, self.loss_every = learner.recipe.iteration, learner.LOSS_EVERY
         self.scores = None if self.clean is None else score(observation, self.clean)
         self._describe(learner, noise)
         recipe = asdict(learner.recipe) | {"kind of noise": noise.kind}
         for field in ("scale", "noise"):  # which the observation decides
             del recipe[field]
-        if self.args.schedule == "constant":
+        if self.extends:
             del recipe["iteration"]
         arrays = {"image or noise": [observation]}
         arrays["reference"] = None if self.clean is None else [self.clean]
         sums = {key: digest(array) for key, array in arrays.items()}
         self.made_from = self.settings | recipe | sums
         self.made_from["device"] = self.args.device.type
-        if self.args.resume:
-            self.saved = self._read_checkpoint()
-        if not self.saved:
+        if not self.args.resume or not self._take_up():
             make_room(self.folder, self.made_from, self.iteration)
         self.begun = True
         self._write_record()
@@ -1388,53 +1408,76 @@ class Result:
         if made < wanted and "num_prediction" in self.args.given:
             tqdm.write(f"{self.name}: --num_prediction {wanted}: {made} for its size")
 
-    def _read_checkpoint(self):
-        """Return the checkpoint that stands in the folder, None where there is none."""
+    def _take_up(self):
+        """Take up the tests of a checkpoint or, where a run is complete, of its record.
+
+        Returns:
+            Whether there is one of them.
+
+        Raises:
+            InputError: it cannot be gone on from; the text says why.
+        """
         path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            return None
-        saved = read_checkpoint(path)
+        if path.exists():
+            saved = read_checkpoint(path)
+            self.state, self.seconds = saved["learner"], saved["seconds"]
+        else:
+            path, saved = self.folder / "record.json", read_record(self.folder)
+            complete = saved and self._reaches_end(saved["rows"])
+            if not complete or not self._restored_path().exists():
+                return False
         was, now = saved["made_from"], self.made_from
         changed = [k for k in was.keys() | now.keys() if was.get(k) != now.get(k)]
         if changed:
-            raise InputError(
-                f"{path}: the checkpoint is of another "
-                f"{', another '.join(sorted(changed))}; without --resume the run starts "
-                "over"
-            )
-        step, rows = saved["learner"]["step"], saved["rows"]
-        if step > self.iteration and (not rows or step != rows[-1][0]):
+            what = f"it is of another {', another '.join(sorted(changed))}"
+            what = "the program has changed since" if "program" in changed else what
+            raise InputError(f"{path}: {what}; without --resume the run starts over")
+        self.rows = [*map(tuple, saved["rows"])]
+        self.losses, self.notes = saved["losses"], saved["notes"]
+        step = self.state["step"] if self.state else self.rows[-1][0]
+        if step > self.iteration and (not self.rows or step != self.rows[-1][0]):
             raise InputError(
                 f"{self.name}: the checkpoint is of step {step} already, between "
                 "two tests; a larger --iteration goes on from it"
             )
-        return saved
+        return True
+
+    def _reaches_end(self, rows):
+        return bool(rows) and rows[-1][0] >= self.iteration
+
+    def is_complete(self):
+        """Tell whether the last step's test has been taken into the record."""
+        return self._reaches_end(self.rows)
 
     def resume(self, learner):
         """With --resume, let the learner go on from the checkpoint, where there is one."""
-        if self.saved:
-            learner.load_state_dict(self.saved["learner"])
-            self.rows = [*map(tuple, self.saved["rows"])]
-            self.notes, self.seconds = learner.notes.copy(), self.saved["seconds"]
-            finished = learner.step >= self.iteration
-            at = "finished already, at" if finished else "going on from"
-            tqdm.write(f"{self.name}: {at} step {learner.step}")
-            self.saved = None
+        step = self.rows[-1][0] if self.rows else 0
+        if self.state:
+            learner.load_state_dict(self.state)
+            self.state, step = None, learner.step
+            self.saved_step = step
+        if step:
+            at = "finished already, at" if self.is_complete() else "going on from"
+            tqdm.write(f"{self.name}: {at} step {step}")
+        self.learner = learner
         self.saved_at = self.spoken_at = time.perf_counter()
         self.started, self.saving = self.saved_at - self.seconds, 0.0
         tests = self.iteration // self.args.test_frequency
         tests += self.iteration % self.args.test_frequency > 0
-        predictions = learner.ensemble_size(self.args.num_prediction)
-        total = self.iteration + tests * predictions
-        done = learner.step + len(self.rows) * predictions
+        test = learner.ensemble_size(self.args.num_prediction) + 1  # its files
+        total, done = self.iteration + tests * test, step + len(self.rows) * test
         self.bar = tqdm(
             total=total, initial=done, desc=self.name, disable=None, leave=False
         )
 
-    def is_test(self, step):
-        """Tell whether the ensemble is to be predicted after this step."""
-        every = self.args.test_frequency
-        return step > 0 and (step % every == 0 or step == self.iteration)
+    def awaits_test(self, learner):
+        """Tell whether the ensemble is to be predicted now, before another step."""
+        step, every = learner.step, self.args.test_frequency
+        due = step > 0 and (step % every == 0 or step == self.iteration)
+        return due and not self._tested(step) and learner.alive()
+
+    def _tested(self, step):
+        return bool(self.rows) and self.rows[-1][0] == step
 
     def add(self, learner, restored, image, error):
         """Take a test into the record, and write its pictures.
@@ -1464,6 +1507,7 @@ class Result:
         seconds = time.perf_counter() - self.started
         row = step, learner.mean_loss(), *(scores or (None, None)), plain
         self.rows.append((*row, *(moved or (None, None, None)), seconds))
+        self.losses = learner.read_losses().copy()
         if error is not None:
             save_mat(self.folder / "error.mat", "error", peak**2 * error[self.place])
         for name in (f"Self2Self-{step}.png", f"restored{self.picture.suffix}"):
@@ -1489,7 +1533,10 @@ class Result:
         tqdm.write(f"{self.name}: {row_text(self.rows[-1])}")
 
     def advance(self, n=1):
-        """Show the progress: steps and predictions, on one bar, or now and then in a line."""
+        """Show the progress: steps and predictions, on one bar, or now and then in a line.
+
+        Where a signal has come, save a checkpoint, and exit.
+        """
         self.bar.update(n)
         now = time.perf_counter()
         if self.bar.disable:  # stderr is no terminal, and would be filled
@@ -1497,20 +1544,45 @@ class Result:
             if now - self.spoken_at > SPEAK_EVERY:
                 self.spoken_at, share = now, self.bar.n / self.bar.total
                 print(f"{self.name}: {share:.0%} done", file=sys.stderr)
+        if self.stopping:
+            try:
+                if self.learner.step:
+                    self._save_checkpoint(self.learner)
+            except OSError as error:
+                report(reason(error))
+            sys.exit(self.stopping)
+
+    def stop(self, number, _frame):
+        """Handle a signal: exit, or let the step at hand end first, so that it can be saved.
+
+        A second one does not wait.
+        """
+        if self.learner is None or self.stopping:
+            sys.exit(128 + number)
+        self.stopping = 128 + number
+
+    def whats_left(self):
+        """Say, of a run that was interrupted, where --resume goes on."""
+        if self.saved_step:
+            return f"--resume goes on from step {self.saved_step}"
+        steps = self.learner.step if self.learner else 0
+        return f"its {steps} steps are lost" if steps else "nothing is lost"
 
     def keep(self, learner):
-        """Take a step into account: its progress, a network's new start, a checkpoint."""
-        self.advance()
+        """Take a step or a test into account: progress, a network's new start, a checkpoint."""
         if len(learner.notes) > len(self.notes):  # the tests of a dead network go
             self.notes = learner.notes.copy()
             self.rows.clear()
+            self.losses.clear()
             for pattern in RESULTS:
                 for file in self.folder.glob(pattern):
                     file.unlink()
             self._write_record()
             tqdm.write(f"{self.name}: {self.notes[-1]}")
+        self.advance()
         late = time.perf_counter() - self.saved_at
-        if self.is_test(learner.step) or late > max(SAVE_EVERY, SAVING * self.saving):
+        due = self._tested(learner.step) or late > max(SAVE_EVERY, SAVING * self.saving)
+        if due and (self.extends or not self.is_complete()):
             self._save_checkpoint(learner)
 
     def _save_checkpoint(self, learner):
@@ -1520,34 +1592,39 @@ class Result:
         started = time.perf_counter()
         state = {"format": CHECKPOINT_FORMAT, "made_from": self.made_from}
         state |= {"rows": self.rows, "seconds": started - self.started}
-        state["learner"] = learner.state_dict()
+        state |= {"learner": learner.state_dict(), "notes": self.notes}
+        state["losses"] = learner.losses
         with atomic_file(self.folder / "checkpoint.pt") as file:
             try:
                 torch.save(state, file)
             except RuntimeError:  # PyTorch's, which says "unexpected pos"
                 raise OSError(None, "cannot be written; is the disk full?") from None
-        self.saved_at = time.perf_counter()
+        self.saved_at, self.saved_step = time.perf_counter(), learner.step
         self.saving = self.saved_at - started
 
     def finish(self, failed=None):
-        """Mark the record: there is no more to come.
+        """Mark the record: there is no more to come. Remove a checkpoint of no more use.
 
         Args:
             failed: why there is not, where something went wrong.
         """
-        if not failed and (not self.rows or self.rows[-1][0] < self.iteration):
-            raise FloatingPointError("the output is not finite; lower --lr")
+        self.learner = None
         if self.bar is not None:
             self.bar.close()
         if self.begun:
-            self.notes += [f"failed: {failed}"] if failed else []
-            self._write_record(finished=not failed)
+            self._write_record(finished=not failed, failed=failed)
+        if not failed and not self.extends:
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         if self.rows:
-            print(self.folder / f"restored{self.picture.suffix}")
+            print(self._restored_path())
 
-    def _write_record(self, finished=False):
+    def _restored_path(self):
+        return self.folder / f"restored{self.picture.suffix}"
+
+    def _write_record(self, finished=False, failed=None):
         """Write what is known of this image as JSON."""
         record = {"name": self.name, "size": self.size, "finished": finished}
+        record["failed"] = failed
         record |= {
             "heading": self.heading,
             "noise": self.noise,
@@ -1557,6 +1634,7 @@ class Result:
         reached = max([self.iteration, *(row[0] for row in self.rows)])
         record |= {"made_from": self.made_from, "iteration": reached}
         record |= {"observation": self.scores, "columns": COLUMNS, "rows": self.rows}
+        record |= {"loss_every": self.loss_every, "losses": self.losses}
         data = json.dumps(record, indent=1).encode()
         write_atomically(self.folder / "record.json", data)
 
@@ -1570,7 +1648,7 @@ def read_record(folder):
     """Return the record of a results folder; None where there is none of ours."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads((folder / "record.json").read_text())
-        ours = {"made_from", "iteration", "rows", "finished", "written"}
+        ours = {"made_from", "iteration", "rows", "losses", "finished", "written"}
         return record if ours <= record.keys() else None
 
 
@@ -1611,9 +1689,34 @@ def make_room(folder, made_from, steps):
     tqdm.write(f"{folder}: kept as {free}")
 
 
+def mark_failed(folder):
+    """Note in an earlier record that its picture fails now, for other processes to see."""
+    record = read_record(folder)
+    if record:
+        record["failed_at"] = time.time()
+        write_atomically(folder / "record.json", json.dumps(record, indent=1).encode())
+
+
+@contextmanager
+def signals_handled(handler):
+    """Let a function handle Ctrl-C and the wish to end; not outside the main thread."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if main}
+    # Behind a "&" a shell has Ctrl-C ignored.
+    before = {n: f for n, f in before.items() if f not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
 # --- all images of a call ------------------------------------------------------------
 
 SKEW = 60  # seconds between the starts of several processes, at most
+LOGGING = 20  # logs are written no sooner than so many times what the last time took
 SUMMARY = ("image", "size", "observation_psnr", "psnr", "ssim", "steps", "seconds")
 
 
@@ -1632,6 +1735,8 @@ class Run:
         self.args, self.failed, self.begun = args, [], False
         self.started = time.time()
         self.logged, self.drawn = {}, []  # records; their tests
+        self.logged_at, self.logging = -math.inf, 0.0  # when, and how long it took
+        self.behind = False  # whether a test is not in the logs yet
         try:
             self.settings = named_settings(args, defaults, psf)
             self.log = Path(args.log_path)
@@ -1641,7 +1746,6 @@ class Run:
         except (InputError, OSError) as error:
             report(reason(error))
             sys.exit(2)
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
     def _share_out(self):
         """Say which of the images are this process's: `paths`."""
@@ -1687,11 +1791,15 @@ class Run:
     @contextmanager
     def image(self, path):
         """Give the Result of one image; report what goes wrong, so that the next goes on."""
-        result = Result(path, self.args, *self.settings, self.write_logs)
+        result = Result(path, self.args, *self.settings, self._log_a_test)
         try:
-            yield result
+            with signals_handled(result.stop):
+                yield result
         except (KeyboardInterrupt, SystemExit) as stop:
-            report(f"{result.name}: interrupted; --resume goes on from its checkpoint")
+            report(f"{result.name}: interrupted; {result.whats_left()}")
+            with suppress(OSError):
+                if self.behind:
+                    self.write_logs()
             sys.exit(stop.code if isinstance(stop, SystemExit) else 130)
         except Exception as error:
             message = reason(error, result.path, result.size)
@@ -1703,6 +1811,8 @@ class Run:
             self.failed.append(str(path))
             with suppress(OSError):  # which may be what failed
                 result.finish(failed=message)
+                if self.world > 1 and not result.begun:
+                    mark_failed(result.folder)
         finally:
             self.begun |= result.begun
 
@@ -1739,16 +1849,27 @@ class Run:
         An earlier call's do not count, unless it is resumed and has not failed now. Other
         processes may have begun up to SKEW before this one.
         """
-        found = {}
+        found, ours, failed = {}, set(self.paths), set(self.failed)
         for file in self.files:
             record = read_record(self._folder(file))
-            since = self.started - (0 if file in self.paths else SKEW)
-            resumed = self.args.resume and str(file) not in self.failed
             # No joined stack's, nor another version's.
-            own = record and record.get("columns") == [*COLUMNS]
-            if own and (resumed or record["written"] >= since):
+            if not record or record.get("columns") != [*COLUMNS]:
+                continue
+            since = self.started - (0 if file in ours else SKEW)
+            marked = record.get("failed_at", 0) >= since  # by another process
+            resumed = self.args.resume and str(file) not in failed
+            if not marked and (resumed or record["written"] >= since):
                 found[file] = record
         return found
+
+    def _log_a_test(self):
+        """Write the logs, but for where that would take much of the time: of many images."""
+        started = time.perf_counter()
+        self.behind = started - self.logged_at < LOGGING * self.logging
+        if not self.behind:
+            self.write_logs()
+            self.logged_at = time.perf_counter()
+            self.logging = self.logged_at - started
 
     def write_logs(self):
         """Write the log, its CSV, the curves and the summary, of all records there are.
@@ -1764,6 +1885,7 @@ class Run:
         for record in records:
             lines += ["", record["heading"], *record["notes"]]
             lines += map(row_text, record["rows"])
+            lines += [f"failed: {record['failed']}"] if record["failed"] else []
             rows += [(record["name"], *row) for row in record["rows"]]
             if record["finished"]:
                 step, _, psnr, ssim, *_, seconds = record["rows"][-1]
@@ -1788,13 +1910,17 @@ class Run:
     def _join_stacks(self):
         """Join the restored planes of every stack all of whose planes are finished."""
         finished = {path: r for path, r in self._records().items() if r["finished"]}
-        for stack in dict.fromkeys(filter(None, map(stack_of, self.files))):
-            own = [file for file in self.files if stack_of(file) == stack]
+        stacks = {}
+        for file in self.files:
+            stacks.setdefault(stack_of(file), []).append(file)
+        stacks.pop(None, None)
+        for stack, own in stacks.items():
             if all(file in finished for file in own):
                 folder, name = self._folder(stack), f"restored{stack.suffix.lower()}"
                 record = {"made_from": [finished[file]["made_from"] for file in own]}
                 record |= {"iteration": max(finished[f]["iteration"] for f in own)}
-                record |= {"rows": [], "finished": True, "written": time.time()}
+                record |= {"rows": [], "losses": [], "finished": True}
+                record["written"] = time.time()
                 earlier = read_record(folder) or {}
                 if any(earlier.get(k) != record[k] for k in ("made_from", "iteration")):
                     make_room(folder, record["made_from"], record["iteration"])

@@ -20,7 +20,6 @@ from network.windows import Window, tiles
 PREDICTION_PIXELS = {"cuda": 2**20, "cpu": 1, "mps": 2**18}
 FULL_ENSEMBLE = 2**18  # pixels of a picture up to which an ensemble has its full size
 ATTEMPT_SEED = 1_000_003  # between the seeds of a network's attempts
-LOSS_EVERY = 10  # steps between two losses that are kept
 COUNTED = ("step", "loss_steps", "attempt", "lr", "notes", "losses")  # not tensors
 
 
@@ -70,6 +69,8 @@ class Self2Self:
     last few are still on the device: see `read_losses`.
     """
 
+    LOSS_EVERY = 10
+
     def __init__(
         self,
         y,
@@ -112,7 +113,7 @@ class Self2Self:
         # A captured step reads the weight of its predictions, adds its loss and leaves it.
         values = torch.zeros(3, device=self.device)
         self.prediction_weight, self.loss_sum, self.loss = values
-        self.recent = self.loss.new_zeros(health.CHECK_EVERY // LOSS_EVERY)
+        self.recent = self.loss.new_zeros(health.CHECK_EVERY // self.LOSS_EVERY)
         self.step = self.loss_steps = self.attempt = 0
         self.lr, self.notes, self.losses, self.graph = recipe.lr, [], [], None
 
@@ -187,8 +188,8 @@ class Self2Self:
             self._train()
         self.step += 1
         self.loss_steps += 1
-        if self.step % LOSS_EVERY == 0:
-            self.recent[self.step // LOSS_EVERY - len(self.losses) - 1] = self.loss
+        if self.step % self.LOSS_EVERY == 0:
+            self.recent[self.step // self.LOSS_EVERY - len(self.losses) - 1] = self.loss
         if self.step % health.CHECK_EVERY == 0 or self.step == recipe.iteration:
             self.read_losses()
             if not self.alive():
@@ -196,7 +197,7 @@ class Self2Self:
 
     def read_losses(self):
         """Return the losses of steps LOSS_EVERY, 2 LOSS_EVERY, ... so far. Reads the device."""
-        new = self.step // LOSS_EVERY - len(self.losses)
+        new = self.step // self.LOSS_EVERY - len(self.losses)
         self.losses += self.recent[:new].tolist() if new else []
         return self.losses
 

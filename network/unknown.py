@@ -18,7 +18,7 @@ ALONE, FAR, COMMON = 3, 16, 0.89
 HALF, FREE = 0.5, 0.05
 # Salt or pepper: a share IMPULSES of an end's entries are outliers, at least MANY; up to
 # CROWDED such neighbours; off the median of NEAR x NEAR pixels, as SAMPLE entries tell.
-IMPULSES, MANY, CROWDED, NEAR, SAMPLE = 0.1, 8, 3, 5, 2**16
+IMPULSES, MANY, CROWDED, NEAR, SAMPLE = 0.03, 8, 3, 5, 2**16
 RING = np.arange(9).reshape(3, 3) != 4
 
 

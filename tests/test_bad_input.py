@@ -48,7 +48,6 @@ def bad_inputs():
         ("--fuse maybe", "--fuse"),
         ("--missing 1", "--missing"),
         ("--path good.png --missing 0.5 --mask good.png", "one of them"),
-        ("--path good.png --missing 0.5 --fuse on", "no blur"),
         ("--path good.png --mask nowhere.png", "nowhere.png"),
         ("--path good.png --mask text.png", "text.png is damaged"),
         ("--path good.png --mask black.png", "every pixel is missing"),

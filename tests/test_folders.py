@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def test_only_the_image_at_hand_is_held_in_memory(monkeypatch):
 
     monkeypatch.setattr(utils.Result, "keep", look)
     assert run("denoise", "--path in --iteration 1") == 0
-    assert held == [[f"in/{name}.png"] for name in "abc"]
+    step_and_test = 2
+    assert held == [[f"in/{name}.png"] for name in "abc" for _ in range(step_and_test)]
 
 
 def test_processes_share_a_folder_and_any_number_of_them_resumes(
@@ -85,6 +87,7 @@ def test_the_summary_has_what_another_process_finishes_meanwhile(monkeypatch):
     for name in "ab":
         write(f"in/{name}.png")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(utils, "LOGGING", 0)
     plain, calls = utils.csv_text, []
 
     def late(rows):
@@ -101,6 +104,54 @@ def test_the_summary_has_what_another_process_finishes_meanwhile(monkeypatch):
     assert calls[2] < calls[-1]
     rows = Path("logs/denoise/log-summary.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows[1:-1]] == ["in/a.png", "in/b.png"]
+
+
+def test_what_fails_now_in_another_process_has_no_earlier_score(monkeypatch):
+    summary = Path("logs/denoise/log-summary.csv")
+    for name in "abc":
+        write(f"in/{name}.png")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    good = Path("in/b.png").read_bytes()
+    for data, ranks, names in (
+        (good, "01", "abc"),
+        (b"no image", "10", "ac"),
+        (good, "01", "abc"),
+    ):
+        Path("in/b.png").write_bytes(data)
+        for rank in ranks:
+            monkeypatch.setenv("RANK", rank)
+            assert run("denoise", "--path in --test_frequency 4 --resume") == 0
+        rows = [row.split(",")[0] for row in summary.read_text().splitlines()[1:-1]]
+        assert rows == [f"in/{name}.png" for name in names]
+
+
+def test_logs_of_many_images_are_written_no_more_often_than_pays(monkeypatch):
+    for name in "abcd":
+        write(f"in/{name}.png")
+    read, drawn, real = [], [], utils.read_record
+    monkeypatch.setattr(utils, "read_record", lambda f: read.append(f) or real(f))
+    monkeypatch.setattr(utils, "curves", lambda records: drawn.append(records) or b"")
+    monkeypatch.setattr(utils, "LOGGING", 10**9)
+    assert run("denoise", "--path in --test_frequency 1 --iteration 2") == 0
+    # After the first test, at the end, and to see whether there are stacks to join.
+    assert len(read) == 3 * 4 and len(drawn) == 2
+    lines = Path("logs/denoise/log.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4 * 2
+    monkeypatch.setattr(utils.Result, "finish", lambda _: sys.exit(99))
+    assert run("denoise", "--path in --test_frequency 1 --iteration 3") == 99
+    lines = Path("logs/denoise/log.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3  # what the end has missed is there
+
+
+def test_a_script_runs_in_a_thread_too():
+    write("in/a.png")
+    statuses = []
+    thread = threading.Thread(
+        target=lambda: statuses.append(run("denoise", "--path in/a.png"))
+    )
+    thread.start()
+    thread.join()
+    assert statuses == [0]
 
 
 def test_one_of_several_processes_names_what_failed(monkeypatch, capsys):

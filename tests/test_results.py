@@ -14,6 +14,7 @@ import pytest
 import scipy.io
 import skimage.data
 import tifffile
+from matplotlib.axes import Axes
 from PIL import Image, ImageCms
 from scripts import QUICK, RNG, ROOT, SCRIPTS, files, run, without_seconds, write
 
@@ -34,7 +35,7 @@ def test_shell_script_from_another_folder(task, folder):
     results = folder / "images/my pictures/a.png" / task
     made = {"Self2Self-2.png", "Self2Self-4.png", "noisy.png", "noise.mat"}
     made |= {"restored.png", "comparison.png", "record.json", "uncertainty.png"}
-    made |= {"checkpoint.pt", "error.mat"}
+    made |= {"error.mat"}
     if task == "deblur":
         made |= {"blurred.png", "kernel.mat", "kernel.png"}
     (results,) = results.iterdir()
@@ -252,7 +253,8 @@ def test_nothing_is_set_aside_where_a_killed_run_left_nothing():
 @pytest.mark.filterwarnings("error")
 def test_any_name_and_shape_can_be_drawn():
     for name in ("in/cost$1_$2.png", "_in/a.png"):
-        assert utils.curves([{"name": name, "rows": [(1, 0.1, 20.0)] * 2}])
+        record = {"name": name, "rows": [(1, 0.1, 20.0)] * 2, "loss_every": 10}
+        assert utils.curves([record | {"losses": [0.1] * 2}])
     strip = np.zeros((20_000, 64))
     for drawn in (
         utils.uncertainty(strip),
@@ -322,6 +324,20 @@ def test_record_states_the_settings():
     record = json.loads(path.read_text())
     assert record["made_from"]["lr"] == 0.002
     assert [row[0] for row in record["rows"]] == [2, 4]
+
+
+def test_the_curve_has_every_tenth_steps_loss(monkeypatch, figures):
+    write("in/a.png")
+    plot, lines = Axes.plot, []
+    monkeypatch.setattr(
+        Axes, "plot", lambda *args, **how: lines.append(args[1:]) or plot(*args, **how)
+    )
+    assert run("denoise", "--path in/a.png --iteration 25 --test_frequency 25") == 0
+    (path,) = Path("images").rglob("record.json")
+    record = json.loads(path.read_text())
+    losses, scores = lines[-2:]
+    assert losses == ((10, 20), tuple(record["losses"])) and record["loss_every"] == 10
+    assert scores == ((25,), (record["rows"][0][2],))
 
 
 def test_training_learns():

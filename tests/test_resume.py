@@ -1,6 +1,7 @@
 """Crashes, kills and signals lose nothing."""
 
 import itertools
+import json
 import os
 import signal
 import sys
@@ -86,7 +87,7 @@ def test_finished_images_are_skipped_and_more_steps_extend_them(
 @pytest.mark.parametrize("kind", ["damaged", "version"])
 def test_a_checkpoint_that_cannot_be_read_is_refused_and_not_touched(kind, capsys):
     write("in/a.png")
-    assert run("denoise", "--path in/a.png") == 0
+    assert run("denoise", "--path in/a.png --recipe paper") == 0
     (path,) = Path("images").rglob("checkpoint.pt")
     if kind == "damaged":
         path.write_bytes(path.read_bytes()[:1000])
@@ -96,7 +97,7 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_and_not_touched(kind, capsy
         torch.save(saved, path)
     before = files()
     capsys.readouterr()
-    assert run("denoise", "--path in/a.png --resume") == 2
+    assert run("denoise", "--path in/a.png --recipe paper --resume") == 2
     err = capsys.readouterr().err
     assert str(path) in err and kind in err and err.count("\n") == 1
     assert files() == before
@@ -121,26 +122,131 @@ def test_a_checkpoint_with_another_reference_is_refused(capsys):
     assert "of another reference" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143)])
-def test_a_signal_ends_the_run_in_a_line(number, status, monkeypatch, capsys):
-    write("in/a.png")
-    real = network.Self2Self.train_step
+def signalled(monkeypatch, method, calls, number=signal.SIGINT):
+    """Send this process a signal within the n-th call of a learner's method."""
+    real, left = getattr(network.Self2Self, method), itertools.count(calls - 1, -1)
 
-    def train_step(learner):
-        real(learner)
-        if learner.step == 3:
+    def sending(learner, *args):
+        if next(left) == 0:
             os.kill(os.getpid(), number)
+        return real(learner, *args)
 
-    monkeypatch.setattr(network.Self2Self, "train_step", train_step)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # else ignored behind a "&"
-    assert run("denoise", "--path in/a.png --recipe paper") == status
+    # else ignored behind a "&"
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(network.Self2Self, method, sending)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method", "calls", "step"),
+    [
+        ("fast", "train_step", 1, 1),
+        ("paper", "train_step", 3, 3),
+        ("paper", "_predict", 2, 2),  # within the first test
+        ("fast", "_predict", 3, 4),  # within the last one
+    ],
+)
+def test_what_a_signal_interrupts_goes_on_from_there(
+    recipe, method, calls, step, folder, monkeypatch, capsys
+):
+    write("in/a.png")
+    flags = f"--path {folder}/in/a.png --recipe {recipe}"
+    assert run("denoise", flags) == 0
+    expected, (record,) = without_seconds(files()), Path("images").rglob("record.json")
+    losses = json.loads(record.read_text())["losses"]
+    Path("cut").mkdir()
+    monkeypatch.chdir("cut")
+    with monkeypatch.context() as patch:
+        signalled(patch, method, calls)
+        capsys.readouterr()
+        assert run("denoise", flags) == 130
     err = capsys.readouterr().err
-    assert "interrupted; --resume goes on" in err and err.count("\n") == 1
-    monkeypatch.setattr(network.Self2Self, "train_step", real)
-    assert run("denoise", "--path in/a.png --recipe paper --resume") == 0
-    assert "going on from step 2" in capsys.readouterr().out
+    assert f"a.png: interrupted; --resume goes on from step {step}" in err
+    assert err.count("\n") == 1
+    assert run("denoise", f"{flags} --resume") == 0
+    assert f"going on from step {step}" in capsys.readouterr().out
+    assert without_seconds(files()) == {
+        k: v for k, v in expected.items() if not k.startswith("in/")
+    }
+    (record,) = Path("images").rglob("record.json")
+    assert json.loads(record.read_text())["losses"] == losses
+
+
+def test_a_wish_to_end_is_a_signal_too_and_the_handlers_are_put_back(
+    monkeypatch, capsys
+):
+    write("in/a.png")
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    signalled(monkeypatch, "train_step", 3, signal.SIGTERM)
+    assert run("denoise", "--path in/a.png") == 143
+    assert "goes on from step 3" in capsys.readouterr().err
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_before_the_first_step_nothing_is_lost_and_that_is_said(monkeypatch, capsys):
+    write("in/a.png")
+    signalled(monkeypatch, "__init__", 1)
+    assert run("denoise", "--path in/a.png") == 130
+    assert "interrupted; nothing is lost\n" in capsys.readouterr().err
+    assert not list(Path().rglob("checkpoint.pt"))
+
+
+def test_a_second_signal_ends_a_run_at_once(monkeypatch, capsys):
+    write("in/a.png")
+    real = network.Self2Self._train
+
+    def train(learner):
+        real(learner)
+        if learner.step == 2:  # this, the third one, is not done
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(network.Self2Self, "_train", train)
+    assert run("denoise", "--path in/a.png --test_frequency 4") == 143
+    assert "interrupted; its 2 steps are lost" in capsys.readouterr().err
+
+
+def test_a_finished_run_of_fast_needs_no_checkpoint(crash, capsys):
+    write("in/a.png")
+    assert run("denoise", "--path in/a.png") == 0
+    assert not list(Path().rglob("checkpoint.pt"))
+    before, (restored,) = without_seconds(files()), Path("images").rglob("restored.png")
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network.Self2Self, "train_step", None)
+        for _ in range(2):
+            assert run("denoise", "--path in/a.png --resume") == 0
+            assert "finished already, at step 4" in capsys.readouterr().out
+    assert without_seconds(files()) == before
+    restored.unlink()
+    assert run("denoise", "--path in/a.png --resume") == 0
+    assert without_seconds(files()) == before
+
+
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_an_edited_program_does_not_go_on(recipe, monkeypatch, capsys):
+    write("in/a.png")
+    flags = f"--path in/a.png --recipe {recipe}"
+    assert run("denoise", flags) == 0
+    before = files()
+    monkeypatch.setattr(utils, "sources_digest", lambda: "of edited ones")
+    assert run("denoise", f"{flags} --resume") == 2
+    assert "the program has changed since; without --resume" in capsys.readouterr().err
+    assert files() == before
+
+
+def test_every_source_of_the_program_tells_it_from_others(tmp_path):
+    names = ["denoise.py", "results.py", "network/punet.py", "network/fusing/plain.py"]
+    names += ["tests/test_a.py", "README.md", "images/a.py"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    seen = [utils.sources_digest(tmp_path)]
+    for name in names:
+        (tmp_path / name).write_text("edited")
+        seen.append(utils.sources_digest(tmp_path))
+    assert len({*seen[:5]}) == 5 and len({*seen[4:]}) == 1
+    (tmp_path / "results.py").rename(tmp_path / "other.py")
+    assert utils.sources_digest(tmp_path) not in seen
 
 
 def test_checkpoints_come_by_the_clock_too(monkeypatch):
@@ -152,9 +258,9 @@ def test_checkpoints_come_by_the_clock_too(monkeypatch):
         saved.append(learner.step)
 
     monkeypatch.setattr(utils.Result, "_save_checkpoint", watched)
-    flags = "--path in/a.png --iteration 4 --test_frequency 4"
+    flags = "--path in/a.png --test_frequency 4 --recipe paper"
     assert run("denoise", flags) == 0
     monkeypatch.setattr(utils, "SAVE_EVERY", 0)
     monkeypatch.setattr(utils, "SAVING", 0)
     assert run("denoise", flags) == 0
-    assert saved == [4, 1, 2, 3, 4]
+    assert saved == [4, 1, 2, 3, 4, 4]  # before the test, too, which takes long
