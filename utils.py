@@ -738,6 +738,8 @@ def encode(suffix, pixels, written):
     file = io.BytesIO()
     if suffix in JPEG:
         image = Image.fromarray(pixels[..., 0] if gray else pixels[..., ::-1].copy())
+        # A segment has 64 kB, of which Pillow splits the profile alone.
+        exif, xmp = (x if len(x) < 2**16 - 64 else b"" for x in (exif, xmp))
         kept = {"icc_profile": profile, "exif": exif and b"Exif\0\0" + exif, "xmp": xmp}
         # No chroma is left out: known pixels of a colour JPEG come back as they are.
         image.save(file, "jpeg", quality=100, subsampling=0, **kept)
@@ -1048,7 +1050,7 @@ def score_moved(image, clean):
     middle = (slice(max(0, n - MATCHED) // 2, (n + MATCHED) // 2) for n in size)
     middle = (slice(None), *middle)
     fixed, gray = (x[middle].mean(0, dtype=np.float64) for x in (clean, image))
-    if not np.isfinite(fixed).all() or np.ptp(fixed) == 0:
+    if not np.isfinite(fixed).all() or min(np.ptp(fixed), np.ptp(gray)) == 0:
         return None
     window = np.outer(*map(np.hanning, fixed.shape))
     shift = np.zeros(2)  # of the image against the clean one

@@ -132,6 +132,7 @@ def test_a_moved_image_is_scored_at_its_shift(channels, shift):
     assert found.psnr == pytest.approx(expected, abs=0.2)
     assert not any(shift) or utils.score(moved, clean)[0] < expected - 5
     assert utils.score_moved(moved, np.zeros_like(clean)) is None
+    assert utils.score_moved(np.zeros_like(clean), clean) is None
 
 
 def test_rounding_to_whole_numbers_is_measured(tmp_path):
