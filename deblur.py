@@ -5,12 +5,13 @@ seen what lies beyond the picture, as a camera's has.
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import scipy.io
 
 import network
+import pictures
+import results
 import utils
 from network import noise, recipes
 from network.noise import fill_unknown
@@ -18,10 +19,6 @@ from network.psf import SECOND, doubt, estimate_psf, point
 from network.scale import find_scale
 from network.unknown import find_unknown
 
-LARGEST_PSF = 4096  # side, pixels; as --kernel_size
-# A PSF's border is a camera's offset where its extremes differ by no more than FLAT, and
-# its median is below LOW of the peak.
-FLAT, LOW = 1.3, 0.2
 # What a PSF is wrong by is like noise of at least this sigma, where 255 is the picture's
 # range: with less the result rings. Of a measured PSF, and of an estimated one.
 MEASURED_ERROR, ESTIMATED_ERROR = 2.0, 2.8
@@ -69,79 +66,6 @@ def gaussian_psf(size, sigma):
     exponent = ((np.arange(size) - (size - 1) / 2) / sigma) ** 2 / 2
     profile = np.exp(exponent.min() - exponent)  # of a tiny sigma, too, not all zeros
     return np.outer(profile, profile) / profile.sum() ** 2
-
-
-def only_matrix(arrays):
-    """Return `kernel` of a .mat file's arrays, or its only matrix; None where neither is."""
-    found = {k: v for k, v in arrays.items() if not k.startswith("__")}
-    found = {k: v for k, v in found.items() if getattr(v, "ndim", 0) == 2}
-    return found.get("kernel", next(iter(found.values())) if len(found) == 1 else None)
-
-
-def without_offset(psf, path):
-    """Subtract a camera's offset from the picture of a point (h, w), and say so.
-
-    It is taken from the border; without one the picture comes back as it is.
-    """
-    border = np.concatenate([psf[0], psf[-1], psf[1:-1, 0], psf[1:-1, -1]])
-    offset = np.median(border)
-    if border.max() > FLAT * border.min() or not 0 < offset < LOW * psf.max():
-        return psf
-    print(f"{path}: its border is flat: {offset:g} is subtracted, as a camera's offset")
-    return (psf - offset).clip(0)
-
-
-def shown_psf(path):
-    """Read a PSF (h, w) from an image file, as it looks, without a camera's offset."""
-    pixels, colours, bits, written = utils.read_pixels(path)
-    psf = pixels[..., :colours].mean(2)
-    if utils.white_is_zero(written):
-        psf = utils.peak_of(pixels.dtype, bits) - psf
-    return without_offset(psf, path) if np.isfinite(psf).all() else psf
-
-
-def read_psf(path):
-    """Read a PSF (h, w), normalised to sum 1.
-
-    Args:
-        path: .mat (the array `kernel`, or the file's only matrix), .npy or an image.
-
-    Raises:
-        utils.InputError, OSError: it is none; the text says why.
-    """
-    path = Path(path)
-    try:
-        if path.suffix.lower() == ".mat":
-            with open(path, "rb") as file:
-                psf = only_matrix(scipy.io.loadmat(file))
-        elif path.suffix.lower() == ".npy":
-            psf = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            psf = shown_psf(path)
-        if psf is None:
-            raise utils.InputError(f"{path}: neither `kernel` nor a single matrix")
-        if psf.dtype.kind not in "biuf" or max(psf.shape, default=0) > LARGEST_PSF:
-            raise utils.InputError(
-                f"{path}: a PSF is a matrix of real numbers, with sides of up to "
-                f"{LARGEST_PSF}"
-            )
-        with np.errstate(over="ignore", invalid="ignore"):
-            psf = np.asarray(psf, np.float64)
-            psf = psf / psf.sum() if psf.sum() > 0 else psf * np.nan
-    except Exception as error:  # a damaged file fails in many ways
-        if getattr(error, "filename", None):
-            raise  # which says what is wrong
-        if path.suffix.lower() not in (".mat", ".npy", *utils.SUFFIXES):
-            raise utils.InputError(f"{path}: a PSF is .mat, .npy or an image") from None
-        if isinstance(error, utils.InputError):
-            raise
-        reason = utils.first_line(error)
-        raise utils.InputError(f"{path}: no PSF can be read: {reason}") from None
-    if psf.ndim != 2 or not np.isfinite(psf).all() or not 0.999 < psf.sum() < 1.001:
-        raise utils.InputError(
-            f"{path}: a PSF is a matrix of finite numbers with a sum above 0"
-        )
-    return psf
 
 
 class CircularBlur:
@@ -213,7 +137,7 @@ def choose_psf(args):
             print(f"--kernel_size {args.kernel_size}: {size}, for a PSF has a middle")
         return point(size), f"estimate{size}"
     if args.kernel:
-        return read_psf(args.kernel), utils.contents_name(args.kernel)
+        return pictures.read_psf(args.kernel), utils.contents_name(args.kernel)
     size, sigma = args.kernel_size or 15, args.kernel_sigma or 1.0
     return gaussian_psf(size, sigma), f"gaussian{size}-{sigma:g}"
 
@@ -257,7 +181,9 @@ def estimate(result, x, size):
     With --resume it is the one that was found in the same picture, where there is one.
     """
     found = result.folder / "kernel.mat"
-    record = result.args.resume and found.exists() and utils.read_record(result.folder)
+    record = (
+        result.args.resume and found.exists() and results.read_record(result.folder)
+    )
     if record and record["made_from"].get("image or noise") == utils.digest([x]):
         return scipy.io.loadmat(found)["kernel"]
     if 2 * size > min(x.shape[1:]) or np.ptp(x) == 0:
@@ -313,7 +239,7 @@ def main(argv=None):
     except (utils.InputError, OSError) as error:
         utils.report(utils.reason(error))
         return 2
-    run, blur = utils.Run(args, DEFAULTS, psf_name), CircularBlur(psf)
+    run, blur = results.Run(args, DEFAULTS, psf_name), CircularBlur(psf)
     print(off_centre(psf), end="")
     for path in run.paths:
         with run.image(path) as result:  # an error is reported, the next image goes on

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 
 import network
+import results
 import utils
 from network import noise, recipes
 from network.unknown import find_unknown
@@ -87,7 +88,7 @@ def restore(args, result):
 def main(argv=None):
     """Run the script; return its exit status."""
     args = utils.parse_arguments(__doc__, DEFAULTS, recipes.RECIPES, argv)
-    run = utils.Run(args, DEFAULTS)
+    run = results.Run(args, DEFAULTS)
     for path in run.paths:
         with run.image(path) as result:  # an error is reported, the next image goes on
             restore(args, result)

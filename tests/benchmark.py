@@ -30,6 +30,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import denoise
+import pictures
+import results
 import utils
 from network import Self2Self, recipes
 from network.muon import Muon
@@ -295,11 +297,11 @@ def bm3d_denoised(size):
     except ImportError:
         return None
     sigma = denoise.DEFAULTS["sigma"]
-    clean = utils.read_picture(utils.find_images("camera")[0], size).image
+    clean = pictures.read_picture(pictures.find_images("camera")[0], size).image
     y = clean + utils.gaussian_noise(clean.shape, sigma, denoise.DEFAULTS["seed"])
     started = time.perf_counter()
     made = bm3d(y[0], sigma / 255)[None]
-    return time.perf_counter() - started, utils.score(made, clean)[0]
+    return time.perf_counter() - started, pictures.score(made, clean)[0]
 
 
 def quality_against_time(budgets, size, device, picture):
@@ -319,7 +321,7 @@ def quality_against_time(budgets, size, device, picture):
     if other:
         print(f"| BM3D | | {other[0]:.1f} | {other[1]:.2f} |")
     if picture:
-        figure = utils.new_figure((5, 3), 120)
+        figure = results.new_figure((5, 3), 120)
         axes = figure.subplots(gridspec_kw={"left": 0.16, "bottom": 0.16, "top": 0.97})
         axes.plot(*zip(*points), marker="o", label="denoise.py")
         if other:
@@ -329,7 +331,7 @@ def quality_against_time(budgets, size, device, picture):
         )
         axes.grid(alpha=0.3)
         axes.legend()
-        utils.write_atomically(picture, utils.drawn(figure))
+        utils.write_atomically(picture, results.drawn(figure))
 
 
 def main():

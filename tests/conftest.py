@@ -32,4 +32,4 @@ def blank_figures(request, monkeypatch):
     if "figures" not in request.fixturenames:
         blank = cv2.imencode(".png", np.zeros((1, 1), np.uint8))[1].tobytes()
         for figure in ("comparison", "uncertainty", "psf_shown", "curves"):
-            monkeypatch.setattr(f"utils.{figure}", lambda *_: blank)
+            monkeypatch.setattr(f"results.{figure}", lambda *_: blank)

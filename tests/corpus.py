@@ -28,6 +28,7 @@ import tifffile
 from PIL import Image
 
 import deblur
+import pictures
 import utils
 
 SECONDS, GIB = 10, 2**20  # the latter in KiB, as getrusage counts
@@ -162,7 +163,7 @@ def tiffs(rng):
     return [*made, ("pyramid.tif", buffer.getvalue())]
 
 
-def pictures(rng, bombs):
+def odd_pictures(rng, bombs):
     """Yield names and contents of image files."""
     kinds = {"png": ("uint8", "uint16"), "jpg": ("uint8",)}
     kinds["tif"] = ("uint8", "uint16", "float32")
@@ -307,7 +308,10 @@ def psfs(rng, marker):
 def make(folder, seed=0, bombs=True):
     """Make files one by one, images and then PSFs; bombs: large once unpacked, too."""
     rng, folder = np.random.default_rng(seed), Path(folder)
-    files = {"picture": pictures(rng, bombs), "psf": psfs(rng, folder / "unpickled")}
+    files = {
+        "picture": odd_pictures(rng, bombs),
+        "psf": psfs(rng, folder / "unpickled"),
+    }
     for kind, contents in files.items():
         (folder / kind).mkdir()
         for name, data in contents:
@@ -326,8 +330,8 @@ def judge(path):
                 array = deblur.read_psf(path)
                 fits = array.ndim == 2 and abs(array.sum() - 1) < 1e-6
             else:
-                for plane in utils.planes(path)[:3]:
-                    array = utils.read_picture(plane).image
+                for plane in pictures.planes(path)[:3]:
+                    array = pictures.read_picture(plane).image
                     fits = array.shape[0] in (1, 3) and min(array.shape[1:]) >= 32
         fits = fits and np.isfinite(array).all() and not warned
         return (

@@ -29,6 +29,8 @@ from scripts import ROOT, SCRIPTS
 
 import deblur
 import denoise
+import pictures
+import results
 import utils
 from network import Self2Self, fusion, missing, punet, recipes
 from network.noise import white
@@ -121,7 +123,7 @@ def restored(clean, y, precision):
     train(made, 6 if QUICK else made.recipe.iteration)
     ensemble = made.predict(4 if QUICK else 100)
     images = ensemble.image, made.fuse(ensemble)[0]
-    return [utils.score(image, clean)[0] for image in images]
+    return [pictures.score(image, clean)[0] for image in images]
 
 
 def quality():
@@ -163,7 +165,7 @@ def fuse():
 def rows_below(folder):
     """Return the tests that the records below a folder have."""
     found = sorted(folder.rglob("record.json"))
-    return [utils.read_record(path.parent)["rows"] for path in found]
+    return [results.read_record(path.parent)["rows"] for path in found]
 
 
 def call(task, flags, place="runs"):
@@ -241,7 +243,7 @@ def paper(seconds):
         process.wait(seconds)
     process.send_signal(signal.SIGKILL)
     found = (OUT / "paper").rglob("checkpoint.pt")
-    return [utils.read_checkpoint(path)["learner"]["step"] for path in found]
+    return [results.read_checkpoint(path)["learner"]["step"] for path in found]
 
 
 def main():

@@ -31,6 +31,8 @@ from skimage.restoration import inpaint_biharmonic
 
 import deblur
 import denoise
+import pictures
+import results
 import utils
 from network import Self2Self, recipes
 from network.noise import find_noise, white
@@ -142,7 +144,7 @@ def gray_pictures(sets, names, made):
 def spoiled(picture, row, noise, made):
     """Write a crop of a picture with noise, and without, as float TIFF; return both."""
     paths = [made / f"{picture.stem}, {row}{end}.tif" for end in ("", ", clean")]
-    clean = 0.8 * utils.read_picture(picture, 128).image + 0.1
+    clean = 0.8 * pictures.read_picture(picture, 128).image + 0.1
     sigma, photons = noise
     noisy = clean + utils.gaussian_noise(clean.shape, sigma, 0)
     if photons:
@@ -159,7 +161,7 @@ def scores(case, folder, extra):
     It is a dictionary by COLUMNS. The script is run unless `extra`, more flags, is None.
     """
     records = map(
-        utils.read_record, (file.parent for file in folder.rglob("record.json"))
+        results.read_record, (file.parent for file in folder.rglob("record.json"))
     )
     record = next((r for r in records if r and r["finished"]), None)
     if record is None:
@@ -175,8 +177,8 @@ def scores(case, folder, extra):
     found = {"observation": record["observation"][0], "network": network}
     found |= {"you get": psnr, "SSIM": ssim, "seconds": seconds}
     if case.table == "levin":  # what is found may be shifted
-        clean = utils.read_picture(case.clean).image[0]
-        restored = utils.read_picture(next(folder.rglob("restored.png"))).image[0]
+        clean = pictures.read_picture(case.clean).image[0]
+        restored = pictures.read_picture(next(folder.rglob("restored.png"))).image[0]
         found["you get"] = best_shift(restored, clean)
         del found["network"], found["SSIM"]
     return found
@@ -206,29 +208,29 @@ def classical(case, extra):
     words = ["--path", str(case.picture), *shlex.split(case.flags), *extra]
     script = SCRIPTS[case.script]
     args = utils.parse_arguments("", script.DEFAULTS, recipes.RECIPES, words)
-    x = utils.read_picture(case.picture, args.crop).image
+    x = pictures.read_picture(case.picture, args.crop).image
     y = x if args.observed else x + utils.gaussian_noise(x.shape, args.sigma, args.seed)
     if args.missing:
         draws = np.random.default_rng((args.seed, 1)).random((1, *x.shape[1:]))
         filled = inpaint_biharmonic(x[0], draws[0] < args.missing)
-        return utils.score(filled[None], x)
+        return pictures.score(filled[None], x)
     if args.observed:
-        clean = utils.read_picture(case.clean, args.crop).image
+        clean = pictures.read_picture(case.clean, args.crop).image
         noise = find_noise(y, np.ones((1, 1, 1)))
         if not noise.is_white():
             return None
         recipe = recipes.adapt("fast", y, noise=noise)
         even = filtered(recipe.scale.to(y), recipe.noise / 255)
-        return utils.score(recipe.scale.back(even), clean)
+        return pictures.score(recipe.scale.back(even), clean)
     if case.script == "denoise":
-        return utils.score(filtered(y, args.sigma / 255), x)
+        return pictures.score(filtered(y, args.sigma / 255), x)
     psf = deblur.read_psf(args.kernel)
     y += deblur.CircularBlur(psf)(torch.from_numpy(x)[None])[0].numpy() - x
     given = y.transpose(1, 2, 0), args.sigma / 255  # of (H, W) it makes H channels
     sharp = [bm3d.bm3d_deblurring(*given, k) for k in (psf, psf[::-1, ::-1])]
     moves = itertools.product((-1, 0, 1), repeat=2)
     moved = [np.roll(k.squeeze(), move, (0, 1)) for move in moves for k in sharp]
-    return max(utils.score(image[None], x) for image in moved)
+    return max(pictures.score(image[None], x) for image in moved)
 
 
 def filtered(y, sigma):
@@ -262,7 +264,9 @@ def follow(file, words):
             ensemble = learner.predict(args.num_prediction)
             image, error = learner.fuse(ensemble)
             images = [ensemble.image] + [image] * (error is not None)
-            psnr = [f"{utils.score(image, given['clean'])[0]:.2f}" for image in images]
+            psnr = [
+                f"{pictures.score(image, given['clean'])[0]:.2f}" for image in images
+            ]
             print(f"seed {args.seed}, step {learner.step}: {', '.join(psnr)} dB")
 
 

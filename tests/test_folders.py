@@ -15,6 +15,7 @@ import pytest
 import tifffile
 from scripts import QUICK, ROOT, files, run, without_seconds, write
 
+import results
 import utils
 
 
@@ -40,14 +41,14 @@ def test_folder_goes_on_past_a_bad_image(capsys):
 def test_only_the_image_at_hand_is_held_in_memory(monkeypatch):
     for name in "abc":
         write(f"in/{name}.png")
-    held, pictures, keep = [], weakref.WeakSet(), utils.Result.keep
+    held, pictures, keep = [], weakref.WeakSet(), results.Result.keep
 
     def look(result, learner):
         keep(result, learner)
         pictures.add(result)
         held.append([r.name for r in pictures])
 
-    monkeypatch.setattr(utils.Result, "keep", look)
+    monkeypatch.setattr(results.Result, "keep", look)
     assert run("denoise", "--path in --iteration 1") == 0
     step_and_test = 2
     assert held == [[f"in/{name}.png"] for name in "abc" for _ in range(step_and_test)]
@@ -76,8 +77,8 @@ def test_processes_share_a_folder_and_any_number_of_them_resumes(
     assert len(Path("logs/denoise/log.csv").read_text().split()) == 1 + 4 * 2
     expected = without_seconds(files("images"))
     lost = list(Path("images").glob("in/[bc].png/*/*"))
-    for results in lost:
-        shutil.rmtree(results)
+    for gone in lost:
+        shutil.rmtree(gone)
     assert run("denoise", "--path in --resume") == 1
     assert capsys.readouterr().out.count("finished already") == 2
     assert without_seconds(files("images")) == expected
@@ -128,7 +129,7 @@ def test_what_fails_now_in_another_process_has_no_earlier_score(monkeypatch):
 def test_logs_of_many_images_are_written_no_more_often_than_pays(monkeypatch):
     for name in "abcd":
         write(f"in/{name}.png")
-    read, drawn, real = [], [], utils.read_record
+    read, drawn, real = [], [], results.read_record
     monkeypatch.setattr(utils, "read_record", lambda f: read.append(f) or real(f))
     monkeypatch.setattr(utils, "curves", lambda records: drawn.append(records) or b"")
     monkeypatch.setattr(utils, "LOGGING", 10**9)
@@ -137,7 +138,7 @@ def test_logs_of_many_images_are_written_no_more_often_than_pays(monkeypatch):
     assert len(read) == 3 * 4 and len(drawn) == 2
     lines = Path("logs/denoise/log.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 * 2
-    monkeypatch.setattr(utils.Result, "finish", lambda _: sys.exit(99))
+    monkeypatch.setattr(results.Result, "finish", lambda _: sys.exit(99))
     assert run("denoise", "--path in --test_frequency 1 --iteration 3") == 99
     lines = Path("logs/denoise/log.csv").read_text().splitlines()
     assert len(lines) == 1 + 3  # what the end has missed is there
@@ -272,7 +273,7 @@ def test_processes_join_a_stack_once_all_its_pages_are_new(monkeypatch):
             monkeypatch.setenv("RANK", rank)
             assert run("denoise", "--path in/a.tif --sigma 0 --test_frequency 4") == 0
         # The first process may have joined its new page to the other's old one: "~1".
-        results = min(Path("images/in/a.tif/denoise").iterdir())
-        joined = cv2.imreadmulti(str(results / "restored.tif"))[1]
+        joined_in = min(Path("images/in/a.tif/denoise").iterdir())
+        joined = cv2.imreadmulti(str(joined_in / "restored.tif"))[1]
         assert [abs(page.mean() - value) < 20 for page in joined] == [True, True]
-        results.rename(f"{value}")
+        joined_in.rename(f"{value}")

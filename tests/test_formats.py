@@ -13,6 +13,7 @@ import tifffile
 from PIL import Image, ImageCms, PngImagePlugin
 from scripts import run
 
+import pictures
 import utils
 
 RNG = np.random.default_rng(0)
@@ -30,7 +31,7 @@ def random(*shape, dtype="uint16", peak=None):
 def round_trip(pixels, **told):
     """Write a TIFF, read it and write it again; return the picture and the new file."""
     tifffile.imwrite("a.tif", pixels, **told)
-    picture = utils.read_picture("a.tif")
+    picture = pictures.read_picture("a.tif")
     picture.save("out.tif", picture.image)
     return picture, tifffile.TiffFile("out.tif")
 
@@ -91,9 +92,9 @@ def test_a_single_ifd_holds_all_planes_of_an_imagej_stack():
         end = first.offset + 2 + 12 * len(first.tags)
     data[end : end + 4] = bytes(4)  # no next IFD, as of files over 4 GB
     Path("a.tif").write_bytes(data)
-    assert len(utils.planes(Path("a.tif"))) == 4
+    assert len(pictures.planes(Path("a.tif"))) == 4
     for number in range(4):
-        image = utils.read_picture(f"a.tif/{number + 1}").image[0]
+        image = pictures.read_picture(f"a.tif/{number + 1}").image[0]
         np.testing.assert_allclose(image * 65535, given[number], rtol=1e-6)
 
 
@@ -176,13 +177,13 @@ def test_what_cannot_be_read_is_named():
     for dtype in ("int64", "complex64", "bool"):
         tifffile.imwrite("a.tif", np.ones((40, 40), dtype))
         with pytest.raises(utils.InputError, match=dtype):
-            utils.read_picture("a.tif")
+            pictures.read_picture("a.tif")
     data = random(40, 40, dtype="uint8")
     tifffile.imwrite("a.tif", data, compression="zlib")
     with tifffile.TiffFile("a.tif", mode="r+") as file:
         file.pages[0].tags["Compression"].overwrite(34676)  # SGI's LogLuv
     with pytest.raises(utils.InputError, match="SGILOG|34676"):
-        utils.read_picture("a.tif")
+        pictures.read_picture("a.tif")
 
 
 @pytest.mark.parametrize("kind", ["thumbnail", "pyramid"])
@@ -214,7 +215,7 @@ def test_a_palette_is_colours_but_imagejs_is_a_view():
     numbers = random(37, 41, dtype="uint8")
     palette = random(3, 256)
     tifffile.imwrite("a.tif", numbers, photometric="palette", colormap=palette)
-    image = utils.read_picture("a.tif").image
+    image = pictures.read_picture("a.tif").image
     np.testing.assert_array_equal(np.rint(image * 255), palette[:, numbers] >> 8)
     _, made = round_trip(numbers, imagej=True, colormap=palette)
     np.testing.assert_array_equal(made.asarray(), numbers)
@@ -228,12 +229,12 @@ def test_a_tiny_file_that_claims_any_size_is_refused():
             file.pages[0].tags[tag].overwrite(value)
     for crop in (0, 32):
         with pytest.raises(utils.InputError, match="60000x60000 pixels, over 268"):
-            utils.read_picture("a.tif", crop)
+            pictures.read_picture("a.tif", crop)
     tifffile.imwrite("b.tif", random(2, 40, 40), imagej=True)
     data = Path("b.tif").read_bytes().replace(b"images=2", b"images=9")
     Path("b.tif").write_bytes(data)
     with pytest.raises((utils.InputError, OSError)):
-        utils.read_picture("b.tif/9")
+        pictures.read_picture("b.tif/9")
 
 
 def test_a_stack_says_how_many_planes_will_be_restored(capsys):
@@ -250,9 +251,9 @@ def jpeg_of(pixels):
 
 def test_a_jpeg_keeps_its_chroma():
     Path("a.jpg").write_bytes(jpeg_of(random(40, 48, 3, dtype="uint8")))
-    picture = utils.read_picture("a.jpg")
+    picture = pictures.read_picture("a.jpg")
     picture.save("out.jpg", picture.image)
-    again = utils.read_picture("out.jpg")
+    again = pictures.read_picture("out.jpg")
     assert np.abs(again.image - picture.image).max() < 6 / 255
 
 
@@ -269,7 +270,7 @@ def test_orientation_is_applied_and_then_upright(suffix, turned):
     from PIL import ImageOps
 
     upright = np.array(ImageOps.exif_transpose(Image.open(f"a.{suffix}")))
-    picture = utils.read_picture(f"a.{suffix}")
+    picture = pictures.read_picture(f"a.{suffix}")
     assert picture.image.shape[1:] == upright.shape
     assert np.abs(picture.image[0] * 255 - upright).max() < 4
     picture.save(f"out.{suffix}", picture.image)
@@ -281,7 +282,7 @@ def test_orientation_is_applied_and_then_upright(suffix, turned):
 def test_a_gray_pngs_transparent_number_is_alpha(dtype):
     gray = random(40, 48, dtype=dtype, peak=9)
     Image.fromarray(gray).save("a.png", transparency=4)
-    picture = utils.read_picture("a.png")
+    picture = pictures.read_picture("a.png")
     assert picture.image.shape == (1, 40, 48)
     expected = np.where(gray == 4, 0, np.iinfo(dtype).max)
     np.testing.assert_array_equal(picture.alpha, expected)
@@ -311,7 +312,7 @@ def camera_file(name, xmp):
 def test_profile_exif_and_xmp_come_back(name, made, capfd):
     for xmp in (PLAIN_XMP, GAIN_MAP):
         camera_file(name, xmp)
-        picture = utils.read_picture(name)
+        picture = pictures.read_picture(name)
         picture.save(made, picture.image)
         with Image.open(made) as kept:
             assert kept.info["icc_profile"] == PROFILE
@@ -328,7 +329,7 @@ def test_a_profile_of_any_size_comes_back_where_it_fits_the_pixels(name, capfd):
     for shape, profile in (((40, 48, 3), large), ((40, 48), None)):
         pixels = random(*shape, dtype="uint8")
         Image.fromarray(pixels).save(name, icc_profile=large)
-        picture = utils.read_picture(name)
+        picture = pictures.read_picture(name)
         picture.save(f"out{picture.suffix}", picture.image)
         assert Image.open(f"out{picture.suffix}").info.get("icc_profile") == profile
     assert capfd.readouterr().err == ""  # libpng dislikes colours' profiles on gray
@@ -339,7 +340,7 @@ def test_exif_that_a_jpeg_has_in_two_segments_is_left_out():
     data = Path("a.jpg").read_bytes()
     segment = b"\xff\xe1" + struct.pack(">H", 60008) + b"Exif\0\0" + bytes(60000)
     Path("a.jpg").write_bytes(data[:2] + 2 * segment + data[2:])
-    picture = utils.read_picture("a.jpg")
+    picture = pictures.read_picture("a.jpg")
     picture.save("out.jpg", picture.image)
     assert "exif" not in Image.open("out.jpg").info
 
@@ -350,7 +351,7 @@ def test_metadata_behind_a_pngs_pixels_is_found():
     at = data.index(b"eXIf") - 4
     end = at + 12 + int.from_bytes(data[at : at + 4])
     Path("a.png").write_bytes(data[:at] + data[end:-12] + data[at:end] + data[-12:])
-    assert utils.read_picture("a.png").image.shape == (3, 48, 40)
+    assert pictures.read_picture("a.png").image.shape == (3, 48, 40)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
@@ -358,10 +359,10 @@ def test_a_crop_of_a_picture_that_is_too_large_as_a_whole(name):
     whole = np.zeros((4160, 8192), np.uint8)
     whole[2064:2096, 4080:4112] = 200  # the middle
     cv2.imwrite(name, whole, [cv2.IMWRITE_TIFF_COMPRESSION, 1])
-    assert (utils.read_picture(name, 32).image > 0.75).all()
+    assert (pictures.read_picture(name, 32).image > 0.75).all()
     for crop in (0, 8190):
         with pytest.raises(utils.InputError, match="8192x4160 pixels, over 33 mill"):
-            utils.read_picture(name, crop)
+            pictures.read_picture(name, crop)
 
 
 @pytest.mark.parametrize("side", [16000, 60000])
@@ -372,7 +373,7 @@ def test_a_tiny_jpeg_that_claims_any_size_is_not_decoded(side, monkeypatch):
     data[at : at + 4] = struct.pack(">HH", side, side)
     Path("a.jpg").write_bytes(data)
     with pytest.raises(utils.InputError, match=f"{side}x{side} pixels"):
-        utils.read_picture("a.jpg", 32)
+        pictures.read_picture("a.jpg", 32)
 
 
 def test_a_pngs_coding_of_colours_is_kept():
@@ -381,7 +382,7 @@ def test_a_pngs_coding_of_colours_is_kept():
     chunk = b"cICP" + bytes([9, 16, 0, 1])  # BT.2100 PQ, full range
     chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     Path("a.png").write_bytes(data[:33] + chunk + data[33:])
-    picture = utils.read_picture("a.png")
+    picture = pictures.read_picture("a.png")
     picture.save("out.png", picture.image)
     assert chunk in Path("out.png").read_bytes()
 
@@ -406,7 +407,7 @@ def test_a_mask_says_what_is_missing_as_it_looks(capsys):
     tifffile.imwrite("white_is_zero.tif", 255 - hole, photometric="miniswhite")
     tifffile.imwrite("float.tif", 1 - hole / np.float32(255), photometric="miniswhite")
     for name in ("black.png", "clear.png", "feathered.png", *Path().glob("*.tif")):
-        _, known = utils.read_mask(name)
+        _, known = pictures.read_mask(name)
         np.testing.assert_array_equal(known, hole[None] > 0)
     cv2.imwrite("a.png", random(40, 40, dtype="uint8"))
     restored("--observed --noise_sigma 0 --mask clear.png", "a.png")

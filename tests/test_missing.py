@@ -8,7 +8,7 @@ import pytest
 import scipy.io
 from scripts import SCRIPTS, run, write
 
-import utils
+import results
 
 ONE_TEST = " --test_frequency 4"  # not one within the training, too
 
@@ -121,15 +121,15 @@ def test_resumed_runs_keep_what_is_missing():
 
 
 def test_uncertainty_is_the_predictions_deviation(monkeypatch, figures):
-    drawn, draw = [], utils.uncertainty
-    monkeypatch.setattr(utils, "uncertainty", lambda x: drawn.append(x) or draw(x))
-    made, add = [], utils.Result.add
+    drawn, draw = [], results.uncertainty
+    monkeypatch.setattr(results, "uncertainty", lambda x: drawn.append(x) or draw(x))
+    made, add = [], results.Result.add
 
-    def watched(result, learner, restored, fused):
+    def watched(result, learner, restored, *fused):
         made.append(restored.variance)
-        add(result, learner, restored, fused)
+        add(result, learner, restored, *fused)
 
-    monkeypatch.setattr(utils.Result, "add", watched)
+    monkeypatch.setattr(results.Result, "add", watched)
     write("in/a.png", 3, side=40)
     assert run("denoise", "--path in/a.png") == 0
     # planes are orthonormal: the mean over them is the mean over the channels

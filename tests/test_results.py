@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from PIL import Image, ImageCms
 from scripts import QUICK, RNG, ROOT, SCRIPTS, files, run, without_seconds, write
 
-import utils
+import results
 
 
 @pytest.mark.parametrize("task", SCRIPTS)
@@ -254,11 +254,11 @@ def test_nothing_is_set_aside_where_a_killed_run_left_nothing():
 def test_any_name_and_shape_can_be_drawn():
     for name in ("in/cost$1_$2.png", "_in/a.png"):
         record = {"name": name, "rows": [(1, 0.1, 20.0)] * 2, "loss_every": 10}
-        assert utils.curves([record | {"losses": [0.1] * 2}])
+        assert results.curves([record | {"losses": [0.1] * 2}])
     strip = np.zeros((20_000, 64))
     for drawn in (
-        utils.uncertainty(strip),
-        utils.comparison([("observation", strip[None], None)] * 2, (0, 1)),
+        results.uncertainty(strip),
+        results.comparison([("observation", strip[None], None)] * 2, (0, 1)),
     ):
         assert max(cv2.imdecode(np.frombuffer(drawn, np.uint8), 1).shape) < 6000
 

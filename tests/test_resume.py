@@ -13,6 +13,7 @@ from kill import kill_and_compare
 from scripts import files, run, without_seconds, write
 
 import network
+import results
 import utils
 
 
@@ -75,7 +76,7 @@ def test_finished_images_are_skipped_and_more_steps_extend_them(
     assert "finished already" in capsys.readouterr().out
     crash(3)  # two steps are enough
     with monkeypatch.context() as patch:
-        patch.setattr(utils.Result, "finish", lambda *_: sys.exit(99))
+        patch.setattr(results.Result, "finish", lambda *_: sys.exit(99))
         assert (
             run("denoise", "--path in/a.png --recipe paper --iteration 6 --resume")
             == 99
@@ -251,13 +252,13 @@ def test_every_source_of_the_program_tells_it_from_others(tmp_path):
 
 def test_checkpoints_come_by_the_clock_too(monkeypatch):
     write("in/a.png")
-    saved, save = [], utils.Result._save_checkpoint
+    saved, save = [], results.Result._save_checkpoint
 
     def watched(result, learner):
         save(result, learner)
         saved.append(learner.step)
 
-    monkeypatch.setattr(utils.Result, "_save_checkpoint", watched)
+    monkeypatch.setattr(results.Result, "_save_checkpoint", watched)
     flags = "--path in/a.png --test_frequency 4 --recipe paper"
     assert run("denoise", flags) == 0
     monkeypatch.setattr(utils, "SAVE_EVERY", 0)
