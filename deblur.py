@@ -14,6 +14,7 @@ import pictures
 import results
 import utils
 from network import noise, recipes
+from network.blur import CircularBlur, gaussian_psf
 from network.noise import fill_unknown
 from network.psf import SECOND, doubt, estimate_psf, point
 from network.scale import find_scale
@@ -59,51 +60,6 @@ DEFAULTS = {
     "model_type": "deblur",
     "log_path": "./logs/deblur/log.txt",
 }
-
-
-def gaussian_psf(size, sigma):
-    """Return a Gaussian PSF (size, size) of standard deviation sigma, both in pixels."""
-    exponent = ((np.arange(size) - (size - 1) / 2) / sigma) ** 2 / 2
-    profile = np.exp(exponent.min() - exponent)  # of a tiny sigma, too, not all zeros
-    return np.outer(profile, profile) / profile.sum() ** 2
-
-
-class CircularBlur:
-    """The forward operator A of deblurring: circular convolution with a PSF.
-
-    A true convolution (the PSF is flipped), the same that scipy.ndimage.convolve
-    computes with mode="wrap", each channel by itself.
-
-    Args:
-        psf: k, (h, w).
-
-    `reach` is how many pixels around an entry it looks at. `margin` is that by side, (above,
-    below), (left, right): without those entries the result is what
-    scipy.signal.convolve2d computes with mode="valid".
-    """
-
-    def __init__(self, psf):
-        self.psf = np.array(psf, order="C")  # of turned ones PyTorch wants a copy
-        self.copies = {}  # of a device and a type: what a captured step reads stays there
-        self.reach = max(psf.shape) // 2
-        self.margin = [((s - 1) // 2, s // 2) for s in psf.shape]
-
-    def __call__(self, x):
-        """Blur images (N, C, H, W); H and W not less than the PSF's."""
-        from torch import fft
-
-        size, (height, width) = x.shape[-2:], self.psf.shape
-        if height > size[0] or width > size[1]:
-            raise utils.InputError(
-                f"the PSF of {width}x{height} pixels is larger than the image of "
-                f"{size[1]}x{size[0]}"
-            )
-        if (x.device, x.dtype) not in self.copies:
-            self.copies[x.device, x.dtype] = x.new_tensor(self.psf)
-        padded = x.new_zeros(size)
-        padded[:height, :width] = self.copies[x.device, x.dtype]
-        transfer = fft.rfft2(padded.roll((-(height // 2), -(width // 2)), (0, 1)))
-        return fft.irfft2(fft.rfft2(x) * transfer, s=size)
 
 
 def off_centre(psf):
@@ -152,7 +108,7 @@ def at_white(y, known):
     return known & (y == white)
 
 
-def choose(args, y, result, clipped):
+def choose(args, y, result, clipped=None):
     """Return this picture's recipe, and its noise: told, a camera's, or found."""
     sigma = args.noise_sigma if args.observed else args.sigma
     seen, known = y[result.place], result.known[result.place]
@@ -202,6 +158,12 @@ def restore(args, result, psf, blur):
 
     wanted = args.boundary or ("valid" if args.observed else "wrap")
     x, known = result.read(blur.margin) if wanted == "valid" else result.read()
+    (height, width), (h, w) = psf.shape, x.shape[1:]
+    if height > h or width > w:
+        raise utils.InputError(
+            f"{result.path}: the PSF of {width}x{height} pixels is larger than the image "
+            f"of {w}x{h}; --crop makes no PSF fit, a smaller PSF does"
+        )
     if args.observed:
         known = result.leave_out(*find_unknown(x, known > 0, guess=not args.mask))
     if args.kernel == "estimate":
@@ -212,7 +174,7 @@ def restore(args, result, psf, blur):
         args.kernel == "estimate" or bool(off_centre(psf))
     )
     n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
-    blurred = blur(torch.from_numpy(x)[None])[0].numpy()
+    blurred = x if args.observed else blur(torch.from_numpy(x)[None])[0].numpy()
     y = np.where(known, x if args.observed else blurred + n, 0)
     clipped = at_white(y, known) if args.observed else None
     recipe, found = choose(args, y, result, clipped)

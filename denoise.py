@@ -8,6 +8,7 @@ import network
 import results
 import utils
 from network import noise, recipes
+from network.blur import identity
 from network.unknown import find_unknown
 
 DEFAULTS = {
@@ -41,11 +42,6 @@ DEFAULTS = {
     "model_type": "denoise",
     "log_path": "./logs/denoise/log.txt",
 }
-
-
-def identity(x):
-    """The forward operator A of denoising."""
-    return x
 
 
 def choose(args, y, result):

@@ -1,12 +1,9 @@
-"""What the learner asks of an observation, of what is known of it, and of an operator."""
+"""What the learner asks of an observation, and of what is known of it."""
 
 import numpy as np
 
 SMALLEST_SIDE = 32  # pixels: five poolings
 MAX_CHANNELS = SMALLEST_SIDE - 1  # so (H, W, C) is never taken for (C, H, W)
-ROUNDING = (
-    1e-5  # an operator that changes a picture of range 1 by less leaves it as it is
-)
 
 
 def check_observation(y, known=None):
@@ -38,29 +35,3 @@ def check_observation(y, known=None):
         shapes = " or ".join(map(str, dict.fromkeys([one, all_channels])))
         raise ValueError(f"known has the shape {known.shape}; it must be {shapes}")
     return np.where(known, y, y.dtype.type(0)), known
-
-
-def check_operator(forward_operator, y):
-    """Apply a forward operator to an observation (1, C, H, W), to see what it is.
-
-    Raises:
-        ValueError: what comes back is not of y's shape; or it is not y, and the operator
-            does not say by `reach` how far it looks.
-    """
-    import torch
-
-    with torch.no_grad():
-        made = forward_operator(y)
-    if not torch.is_tensor(made) or made.shape != y.shape:
-        kind, shape = type(made).__name__, tuple(getattr(made, "shape", ()))
-        raise ValueError(
-            f"the forward operator gives a {kind} {shape} for a picture {tuple(y.shape)};"
-            " it must give a tensor of that shape"
-        )
-    if getattr(forward_operator, "reach", 0) or made is y:
-        return
-    if not torch.allclose(made, y, ROUNDING, ROUNDING, equal_nan=True):
-        raise ValueError(
-            "the forward operator changes a picture and has no `reach`; set it to the "
-            "number of pixels that it looks around an entry"
-        )

@@ -7,7 +7,8 @@ import itertools
 import torch
 
 from network import fusion, health, missing
-from network.checks import check_observation, check_operator
+from network.blur import check_operator
+from network.checks import check_observation
 from network.cpu import keep_memory, tune_cpu
 from network.ensemble import Ensemble, Restoration
 from network.masks import BernoulliMasks, flip

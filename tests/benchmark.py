@@ -33,7 +33,7 @@ import denoise
 import pictures
 import results
 import utils
-from network import Self2Self, recipes
+from network import Self2Self, blur, recipes
 from network.muon import Muon
 
 DROP_RATE = 0.3
@@ -137,7 +137,7 @@ def our_learner(recipe, precision, device, channels, size):
     known = np.ones((1, size, size), np.float32)
     result = SimpleNamespace(known=known, eight_bits=True, place=slice(None))
     recipe, _ = denoise.choose(args, y, result)
-    return Self2Self(y, denoise.identity, known, recipe, args.seed, args.device)
+    return Self2Self(y, blur.identity, known, recipe, args.seed, args.device)
 
 
 def work(kind, recipe, precision, device, channels, size):

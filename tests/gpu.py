@@ -27,15 +27,13 @@ import skimage.data
 import torch
 from scripts import ROOT, SCRIPTS
 
-import deblur
-import denoise
 import pictures
 import results
 import utils
-from network import Self2Self, fusion, missing, punet, recipes
+from network import Self2Self, blur, fusion, missing, punet, recipes
 from network.noise import white
 
-BLUR = deblur.CircularBlur(deblur.gaussian_psf(15, 1.0))
+BLUR = blur.CircularBlur(blur.gaussian_psf(15, 1.0))
 
 
 def figure(name, value):
@@ -67,7 +65,7 @@ def picture(side, channels=1, seed=0):
     return np.ascontiguousarray(whole[:, top : top + side, left : left + side])
 
 
-def learner(name, y, operator=denoise.identity, **changes):
+def learner(name, y, operator=blur.identity, **changes):
     """A learner of y by a recipe, in float32 unless it is changed."""
     recipe = recipes.adapt(
         name, y, noise=white(25), given={"device": DEVICE}, blurred=operator is BLUR
@@ -154,8 +152,8 @@ def fuse():
     """Fusing on the device beside a CPU's."""
     gray, colour = (picture(64 if QUICK else 256, channels) for channels in (1, 3))
     for name, x, operator in (
-        ("gray", gray, denoise.identity),
-        ("colour", colour, denoise.identity),
+        ("gray", gray, blur.identity),
+        ("colour", colour, blur.identity),
         ("blur", gray, BLUR),
         ("holes", gray, None),
     ):

@@ -34,7 +34,7 @@ import denoise
 import pictures
 import results
 import utils
-from network import Self2Self, recipes
+from network import Self2Self, blur, recipes
 from network.noise import find_noise, white
 
 try:
@@ -224,8 +224,8 @@ def classical(case, extra):
         return pictures.score(recipe.scale.back(even), clean)
     if case.script == "denoise":
         return pictures.score(filtered(y, args.sigma / 255), x)
-    psf = deblur.read_psf(args.kernel)
-    y += deblur.CircularBlur(psf)(torch.from_numpy(x)[None])[0].numpy() - x
+    psf = pictures.read_psf(args.kernel)
+    y += blur.CircularBlur(psf)(torch.from_numpy(x)[None])[0].numpy() - x
     given = y.transpose(1, 2, 0), args.sigma / 255  # of (H, W) it makes H channels
     sharp = [bm3d.bm3d_deblurring(*given, k) for k in (psf, psf[::-1, ::-1])]
     moves = itertools.product((-1, 0, 1), repeat=2)
@@ -257,7 +257,7 @@ def follow(file, words):
     given, noise = np.load(file), white(args.sigma)
     y, chosen = given["observation"], vars(args)
     recipe = recipes.adapt(args.recipe, y, noise=noise, given=chosen, eight_bits=True)
-    learner = Self2Self(y, denoise.identity, None, recipe, args.seed, args.device)
+    learner = Self2Self(y, blur.identity, None, recipe, args.seed, args.device)
     while learner.step < recipe.iteration:
         learner.train_step()
         if learner.step % args.test_frequency == 0 or learner.step == recipe.iteration:

@@ -11,8 +11,8 @@ from scripts import run, write
 from tensors import random_image
 
 import network
-from deblur import CircularBlur
 from network import fusion
+from network.blur import CircularBlur
 from network.ensemble import Restoration
 
 SHAPES = [(3, 3), (4, 7), (1, 6), (8, 2)]

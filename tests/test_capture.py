@@ -13,8 +13,7 @@ import torch
 from tensors import random_image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import deblur
-from network import Self2Self, muon, punet, recipes, self2self
+from network import Self2Self, blur, muon, punet, recipes, self2self
 
 META = torch.device("meta")
 pytestmark = pytest.mark.filterwarnings("ignore:.*which is a no-op")
@@ -105,7 +104,7 @@ def transfers(recipe, channels, operator, **changes):
 CASES = [
     ("paper", 1, lambda x: x, {}),
     ("fast", 3, lambda x: x, {"photons": 100}),
-    ("fast", 1, deblur.CircularBlur(deblur.gaussian_psf(5, 1.0)), {"window": 32}),
+    ("fast", 1, blur.CircularBlur(blur.gaussian_psf(5, 1.0)), {"window": 32}),
 ]
 
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from tensors import begun, identity, random_image, roll
 
-import deblur
-from network import recipes
+from network import blur, recipes
 
 Y = random_image(3, 33, 40).numpy()
 ONES = np.ones((33, 40))
@@ -61,7 +60,7 @@ def test_an_operator_is_no_other_than_it_says(operator, words):
 
 
 def test_operators_that_change_nothing_need_no_reach():
-    point = deblur.CircularBlur(np.ones((1, 1)))
+    point = blur.CircularBlur(np.ones((1, 1)))
     for operator in (identity, lambda x: x, lambda x: x + 0, point):
         assert begun(Y, operator).window.reach == 0
     assert begun(Y, roll).window.reach == 1

@@ -15,8 +15,8 @@ from tensors import (
     without_pass,
 )
 
-from deblur import CircularBlur, gaussian_psf
 from network import frequencies, fusion
+from network.blur import CircularBlur, gaussian_psf
 from network.frequencies import wiener
 
 

@@ -16,9 +16,10 @@ from test_noise import photograph
 from test_options import chosen
 
 import utils
-from deblur import gaussian_psf, read_psf
 from network import psf as estimation
+from network.blur import gaussian_psf
 from network.psf import doubt, estimate_psf, point
+from pictures import read_psf
 
 MOTION = np.zeros((11, 11))
 MOTION[[2, 3, 4, 5, 6, 7, 7, 7], [1, 2, 3, 4, 5, 6, 7, 8]] = [1, 1, 2, 2, 1, 1, 2, 2]

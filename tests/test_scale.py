@@ -14,8 +14,8 @@ import torch
 from scripts import run
 from tensors import begun, block_mask, train
 
-from deblur import CircularBlur, gaussian_psf
 from network import Self2Self
+from network.blur import CircularBlur, gaussian_psf
 from network.punet import bent_sigmoid, inverse_bent_sigmoid
 from network.recipes import RECIPES
 from network.scale import FARTHEST, MARGIN, UNIT, find_scale

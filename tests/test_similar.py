@@ -8,8 +8,8 @@ import torch
 from skimage import data
 from tensors import identity, random_image, seeded, without_pass
 
-from deblur import CircularBlur, gaussian_psf
 from network import fusion, similar
+from network.blur import CircularBlur, gaussian_psf
 from network.similar import filter_groups
 from utils import gaussian_noise
 

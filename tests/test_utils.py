@@ -6,9 +6,7 @@ import pytest
 import scipy.io
 import scipy.ndimage
 import skimage.data
-import torch
 
-import deblur
 import pictures
 import utils
 
@@ -160,26 +158,6 @@ def test_mat_files_repeat(tmp_path, monkeypatch):
     assert (scipy.io.loadmat(tmp_path / "a.mat")["noise"] == np.eye(3)).all()
 
 
-@pytest.mark.parametrize("shape", [(3, 3), (4, 6), (5, 2), (1, 7), (32, 33)])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_blur_is_scipys_circular_convolution(shape, channels):
-    psf = RNG.random(shape)[::-1]  # turned, as PSFs often are
-    psf /= psf.sum()
-    image = RNG.random((channels, 32, 45)).astype(np.float32)
-    blurred = deblur.CircularBlur(psf)(torch.from_numpy(image)[None])[0].numpy()
-    for ours, channel in zip(blurred, image.astype(float)):
-        reference = scipy.ndimage.convolve(channel, psf, mode="wrap")
-        np.testing.assert_allclose(ours, reference, atol=2e-6)
-
-
-def test_flips_commute_with_a_symmetric_psf_alone():
-    image = torch.rand(1, 1, 32, 32)
-    for psf, commutes in ((deblur.gaussian_psf(5, 1.0), True), (np.eye(3, 2), False)):
-        blur = deblur.CircularBlur(psf)
-        same = torch.allclose(blur(image.flip(-1)), blur(image).flip(-1), atol=1e-5)
-        assert same is commutes
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("suffix", ["mat", "npy", "png", "tif"])
 def test_psf_files(tmp_path, suffix, dtype):
@@ -191,15 +169,7 @@ def test_psf_files(tmp_path, suffix, dtype):
         np.save(path, psf)
     else:
         cv2.imwrite(str(path), psf)
-    np.testing.assert_allclose(deblur.read_psf(path), psf / psf.sum(), rtol=1e-9)
-
-
-def test_gaussian_psf():
-    psf = deblur.gaussian_psf(15, 1.5)
-    assert psf.sum() == pytest.approx(1)
-    rows = (np.arange(15) - 7)[:, None]
-    assert (psf * rows**2).sum() == pytest.approx(1.5**2, rel=0.01)
-    assert (psf == psf[::-1, ::-1]).all()
+    np.testing.assert_allclose(pictures.read_psf(path), psf / psf.sum(), rtol=1e-9)
 
 
 def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tensors import begun, block_mask, random_image, train
 
-from deblur import CircularBlur
 from network import self2self, windows
+from network.blur import CircularBlur
 from network.windows import tiles, window_corner
 
 
