@@ -317,7 +317,8 @@ class Result:
             psf: the PSF (h, w), or None.
             simulated: n, the noise, and blurred, of y's shape, that an --observed image has not.
         """
-        if learner.recipe.fuse and learner.recipe.noise is None and psf is None:
+        fused = learner.recipe.fuse != "none"
+        if fused and learner.recipe.noise is None and psf is None:
             raise InputError(
                 f"{self.path}: its noise is {noise.describe()}: to fuse, --noise_sigma "
                 "says how strong it is"
@@ -455,7 +456,7 @@ class Result:
     def awaits_test(self, learner):
         """Tell whether the ensemble is to be predicted now, before another step."""
         step, every = learner.step, self.args.test_frequency
-        due = step > 0 and (step % every == 0 or step == self.iteration)
+        due = step == self.iteration or (step > 0 and step % every == 0)
         return due and not self._tested(step) and learner.alive()
 
     def _tested(self, step):

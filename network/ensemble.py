@@ -10,7 +10,9 @@ class Restoration(NamedTuple):
     """What predictions come to: arrays (C, H, W)."""
 
     image: np.ndarray  # the restored one, in the observation's units
-    variance: np.ndarray  # of the predictions, by plane, likewise: see fusion.opponent
+    variance: (
+        np.ndarray
+    )  # of the predictions, by plane, likewise: see fusing.noisy.opponent
     mean: np.ndarray  # of the predictions, in the learner's units
 
 

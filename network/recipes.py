@@ -57,8 +57,9 @@ class Recipe:
     # The training's own predictions join the ensemble, those of step t of T with weight
     # (t / T)**averaging_power; None: they do not.
     averaging_power: float | None
-    # Whether ensemble and observation are fused.
-    fuse: bool
+    # What is fused with the ensemble, see network/fusing: none; noise, an observation
+    # with white noise; holes, one without noise of which entries are unknown.
+    fuse: str
     # n, by which steps see the observation as drawn anew, Poisson(n y) / n, against noise
     # that neighbours share (TensorFlow's mode for real noise); None: as it is.
     photons: int | None
@@ -95,7 +96,7 @@ RECIPES = {
         bend=0.0,
         own_scale=False,
         averaging_power=None,
-        fuse=False,
+        fuse="none",
         photons=25,
         precision="float32",
         window=0,
@@ -116,7 +117,7 @@ RECIPES = {
         bend=0.1,  # what lies beyond the range of y can be reached
         own_scale=True,
         averaging_power={0: 3, 40: 1},  # of much noise more of the early ones
-        fuse=True,
+        fuse="noise",  # or holes, where the picture has no noise but these
         photons=100,  # 25 blurs fine detail
         precision="auto",
         window=384,  # large pictures cost no more than small ones
@@ -132,26 +133,19 @@ FUSED_SMALL, SMALL = FUSED | {"window": 256}, 2**18
 
 
 def adapt(
-    name,
-    y,
-    known=None,
-    noise=None,
-    *,
-    given=None,
-    eight_bits=False,
-    blurred=False,
+    name, y, known=None, noise=None, *, given=None, eight_bits=False, blurred=False
 ):
     """Return a recipe as it is for one picture.
 
-    White noise is fused, and made even beforehand where it is not; so are blurred JPEGs.
-    Against other noise steps see photons. `paper` does neither.
+    White noise is fused; where it grows with the signal it is made even before. Against
+    noise that neighbours share, steps see fresh Poisson noise. `paper` does neither.
 
     Args:
         name: of one of RECIPES.
         y, known: the observation and what is known of it: see Self2Self.
         noise: y's, a noise.Noise; None: it is found, from what is known of y.
-        given: what is to be otherwise: Recipe's fields, `real_noise`, `num_prediction` and
-            `device` (a torch.device) -> value. None, and any other key, says nothing.
+        given: overrides. Recipe's fields -> value, but `fuse`: True, False; `real_noise`,
+            `num_prediction`, `device` (a torch.device). None, and any other key, says nothing.
         eight_bits: whether y comes from a file of 8 bits, 255 being 1: `paper` takes it as
             it is, and photons are counted in its units.
         blurred: whether y is blurred.
@@ -161,43 +155,80 @@ def adapt(
     """
     recipe, (y, known) = RECIPES[name], check_observation(y, known)
     given = {k: v for k, v in (given or {}).items() if v is not None}
-    holes = not blurred and not known.all()  # a blur's margin is none
     noise = noise or find_noise(y, known)
+    holes = not blurred and not known.all()  # a blur's margin is no hole
+    values = _units(recipe, y, known, noise, eight_bits, blurred)
+    if not blurred and values["noise"] is not None:
+        # Noise that is next to nothing: the known entries help more as they are.
+        values["noise"] *= not (holes and values["noise"] < LEAST_SIGMA)
+        if not holes and values["noise"] == 0:
+            values["iteration"] = 0  # there is nothing to learn
+    values |= _values_by_noise(recipe, noise, values["noise"], blurred)
+    camera = recipe.own_scale and not blurred and not noise.is_white()
+    values |= {k: v for k, v in given.items() if hasattr(recipe, k) and k != "fuse"}
+    if not given.get("real_noise", camera):
+        values["photons"] = None
+    values["fuse"] = _what_is_fused(recipe, noise, values, holes, blurred, given)
+    device = given.get("device")
+    on_cuda = device is not None and device.type == "cuda"
+    if not on_cuda and "none" not in (recipe.fuse, values["fuse"]):
+        values |= {k: given.get(k, v) for k, v in _less_for_cpu(y, known).items()}
+    recipe = dataclasses.replace(recipe, **values)
+    if recipe.precision == "auto":
+        precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
+        recipe = dataclasses.replace(recipe, precision=precision)
+    return recipe
+
+
+def _units(recipe, y, known, noise, eight_bits, blurred):
+    """Return the learner's units, and the noise's sigma in them, as Recipe's fields."""
     nothing = noise.kind == "none" and not blurred
     evened = recipe.own_scale and not (blurred or nothing or noise.is_even())
-    as_published = eight_bits and not recipe.own_scale
     lines = noise.lines if evened else ()
+    as_published = eight_bits and not recipe.own_scale
     scale = UNIT if as_published else find_scale(y, known, blurred, lines)
     sigma = 0.0 if nothing else noise.sigma()
     sigma = None if sigma is None else scale.level(sigma)
-    if holes and noise.is_white() and sigma < LEAST_SIGMA:
-        nothing, sigma = True, 0.0  # known entries help more as they are
-    fuse = noise.is_white() and (evened or noise.is_even()) and sigma > 0
-    fuse = fuse or (blurred and noise.kind == "compressed")
-    fuse = recipe.fuse and (fuse or (holes and nothing))
+    absolute = eight_bits and recipe.own_scale and not lines
+    return {"scale": scale, "noise": sigma, "absolute": absolute}
+
+
+def _values_by_noise(recipe, noise, sigma, blurred):
+    """Return the fields that go by the noise, with their values at a sigma."""
     level = sigma if noise.is_white() and not blurred else UNKNOWN_SIGMA
-    values = dataclasses.asdict(recipe) | {"scale": scale, "noise": sigma, "fuse": fuse}
-    values["absolute"] = eight_bits and recipe.own_scale and not lines
-    if nothing and not holes:
-        values["iteration"] = 1  # there is nothing to learn
-    for field, value in values.items():
-        if isinstance(value, dict):
-            values[field] = next(v for k, v in reversed(value.items()) if k <= level)
-        values[field] = given.get(field, values[field])
-    values["fuse"] &= values["drop_rate"] > 0 and given.get("num_prediction", 2) > 1
-    device = given.get("device")
-    if recipe.fuse and values["fuse"] and not (device and device.type == "cuda"):
-        seen = np.broadcast_to(known.any(0), y.shape[1:])  # without a blur's margin
-        small = seen.any(0).sum() * seen.any(1).sum() <= SMALL
-        less = FUSED_SMALL if small else FUSED
-        values |= {field: given.get(field, value) for field, value in less.items()}
-    camera = recipe.own_scale and not blurred and not noise.is_white()
-    if not given.get("real_noise", camera):
-        values["photons"] = None
-    if values["precision"] == "auto":
-        fast = multiplies_bfloat16(device)
-        values["precision"] = "bfloat16" if fast else "float32"
-    return Recipe(**values)
+    return {
+        field: next(
+            value for least, value in reversed(values.items()) if least <= level
+        )
+        for field, values in vars(recipe).items()
+        if isinstance(values, dict)
+    }
+
+
+def _what_is_fused(recipe, noise, values, holes, blurred, given):
+    """Return what is fused: none, noise or holes.
+
+    Args:
+        values: of the recipe's fields.
+        given: see adapt.
+    """
+    scale, sigma = values["scale"], values["noise"]
+    filled = holes and sigma == 0
+    even = noise.is_white() and (bool(scale.lines) or noise.is_even())
+    jpeg = blurred and noise.kind == "compressed"
+    known = recipe.fuse != "none" and (filled or jpeg or (even and sigma > 0))
+    variance = values.get("drop_rate", recipe.drop_rate) > 0
+    variance &= given.get("num_prediction", 2) > 1
+    if not (variance and given.get("fuse", known)):
+        return "none"
+    return "holes" if filled else "noise"
+
+
+def _less_for_cpu(y, known):
+    """Return the fields by which a CPU saves time where the result is fused."""
+    known = np.broadcast_to(known.any(0), y.shape[1:])  # without a blur's margin
+    small = known.any(0).sum() * known.any(1).sum() <= SMALL
+    return FUSED_SMALL if small else FUSED
 
 
 def multiplies_bfloat16(device):

@@ -4,13 +4,16 @@ import copy
 import functools
 import itertools
 
+import numpy as np
 import torch
 
-from network import fusion, health, missing
+from network import health
 from network.blur import check_operator
 from network.checks import check_observation
 from network.cpu import keep_memory, tune_cpu
 from network.ensemble import Ensemble, Restoration
+from network.fusing import fuse
+from network.fusing.noisy import opponent
 from network.masks import BernoulliMasks, flip
 from network.muon import make_optimizers, moments
 from network.punet import Punet, initialise_like_tensorflow, inverse_bent_sigmoid
@@ -110,7 +113,7 @@ class Self2Self:
         self.optimizers = make_optimizers(self.network, *kind, self.rate)
         self.ensemble = None  # of the training's own predictions
         if recipe.averaging_power is not None:
-            self.ensemble = Ensemble(self.y[0], fusion.opponent(self.y[0]))
+            self.ensemble = Ensemble(self.y[0], opponent(self.y[0]))
         # A captured step reads the weight of its predictions, adds its loss and leaves it.
         values = torch.zeros(3, device=self.device)
         self.prediction_weight, self.loss_sum, self.loss = values
@@ -259,13 +262,17 @@ class Self2Self:
         Returns:
             The Restoration, in y's units and type.
         """
+        if self.recipe.iteration == 0:  # there is nothing to learn
+            y = self.y[0].cpu().numpy()
+            image = self.recipe.scale.back(y, self.observed_dtype)
+            return Restoration(image, np.zeros_like(image), y)
         num_prediction = self.ensemble_size(num_prediction)
         masks = BernoulliMasks(self.device, self.seed, self.step)
         size = max(1, PREDICTION_PIXELS[self.device.type] // self.y[0, 0].numel())
         if self.ensemble and self.step:
             ensemble = self.ensemble.divided(self._weight_of(self.step))
         else:
-            ensemble = Ensemble(self.y[0], fusion.opponent(self.y[0]))
+            ensemble = Ensemble(self.y[0], opponent(self.y[0]))
         for start in range(0, num_prediction, size):
             n = min(size, num_prediction - start)
             ensemble.add(self._predict(masks, n))
@@ -296,7 +303,7 @@ class Self2Self:
         return whole
 
     def fuse(self, restored):
-        """Fuse an ensemble with the observation: see fusion.fuse, missing.fuse.
+        """Fuse an ensemble with the observation: see fusing.fuse.
 
         Args:
             restored: the Restoration that `predict` gave.
@@ -305,7 +312,7 @@ class Self2Self:
             The restoration and its predicted squared error, (C, H, W), in y's units.
             Where the recipe does not fuse, the ensemble's own image, and None.
         """
-        if not self.recipe.fuse:
+        if self.recipe.fuse == "none":
             return restored.image, None
         scale, y = self.recipe.scale, self.y
         if self.clipped is not None:
@@ -316,11 +323,14 @@ class Self2Self:
         try:
             mean, variance = restored.mean, restored.variance
             variance = variance / (scale.slope(mean) ** 2).mean(0)
-            if self.recipe.noise == 0 and not (self.window.reach or self.known.all()):
-                fused, error = missing.fuse(mean, variance, *seen)
-            else:
-                others = self.recipe.noise, self.forward_operator
-                fused, error = fusion.fuse(mean, variance, *seen, *others)
+            fused, error = fuse(
+                self.recipe.fuse,
+                mean,
+                variance,
+                *seen,
+                self.recipe.noise,
+                self.forward_operator,
+            )
         finally:
             tune_cpu()
         error = error * scale.slope(fused) ** 2

@@ -30,7 +30,8 @@ from scripts import ROOT, SCRIPTS
 import pictures
 import results
 import utils
-from network import Self2Self, blur, fusion, missing, punet, recipes
+from network import Self2Self, blur, punet, recipes
+from network.fusing import missing, noisy
 from network.noise import white
 
 BLUR = blur.CircularBlur(blur.gaussian_psf(15, 1.0))
@@ -143,7 +144,11 @@ def fused_apart(x, operator):
     for device in ("cpu", DEVICE):
         seen = (torch.from_numpy(a).to(device) for a in (known * y, known))
         given = f.copy(), variance, *seen
-        fused = fusion.fuse(*given, 10, operator) if operator else missing.fuse(*given)
+        fused = (
+            noisy.fuse_noisy(*given, 10, operator)
+            if operator
+            else missing.fill_holes(*given)
+        )
         made.append(fused[0])
     return float(np.abs(made[0] - made[1]).max())
 

@@ -11,9 +11,9 @@ from scripts import run, write
 from tensors import random_image
 
 import network
-from network import fusion
 from network.blur import CircularBlur
 from network.ensemble import Restoration
+from network.fusing import noisy
 
 SHAPES = [(3, 3), (4, 7), (1, 6), (8, 2)]
 
@@ -126,12 +126,12 @@ def test_a_psf_that_moves_the_picture_is_named(place, told, capsys):
 def test_what_is_not_known_of_y_changes_nothing_in_fusing():
     blur, x = CircularBlur(random_psf((4, 5))), random_image(1, 48, 50).numpy()
     draws = np.random.default_rng(0).standard_normal((2, *x.shape), np.float32)
-    f, variance = x + 0.05 * draws[0], np.full_like(x, 0.05**2 / fusion.SPREAD)
+    f, variance = x + 0.05 * draws[0], np.full_like(x, 0.05**2 / noisy.SPREAD)
     y = blur(torch.from_numpy(x)[None])[0].numpy() + 0.02 * draws[1]
     known, inner = np.zeros((1, 48, 50), np.float32), place(blur, (48, 50))
     known[0][inner] = 1
     made = [
-        fusion.fuse(f, variance, np.where(known, y, other), known, 5.1, blur)[0]
+        noisy.fuse_noisy(f, variance, np.where(known, y, other), known, 5.1, blur)[0]
         for other in (0, 9)
     ]
     np.testing.assert_array_equal(*made)

@@ -67,7 +67,7 @@ def test_operators_that_change_nothing_need_no_reach():
 
 
 def test_without_fusing_the_ensembles_image_is_the_result():
-    learner = begun(Y, fuse=False)
+    learner = begun(Y, fuse="none")
     restored = learner.predict(2)
     image, error = learner.fuse(restored)
     assert error is None

@@ -15,15 +15,14 @@ from tensors import (
     without_pass,
 )
 
-from network import frequencies, fusion
 from network.blur import CircularBlur, gaussian_psf
-from network.frequencies import wiener
+from network.fusing import noisy
+from network.fusing.residual import BAND, PATCH, REACH, STRIDE, WINDOW, wiener
 
 
 def naive_wiener(residual, noise):
     """Patch by patch, frequency by frequency; noise by channel, (C, 1, 1)."""
-    size, stride, reach = frequencies.PATCH, frequencies.STRIDE, frequencies.REACH
-    band = frequencies.BAND
+    size, stride, reach = PATCH, STRIDE, REACH
     _, height, width = residual.shape
     around = [(reach, reach + height % 2), (reach, reach + width % 2)]
     padded = np.pad(residual, [(0, 0), *around], mode="reflect").astype(float)
@@ -40,12 +39,12 @@ def naive_wiener(residual, noise):
         ]
     )
     total, count = np.zeros_like(padded), np.zeros(padded.shape[1:])
-    edge = frequencies.WINDOW // 2
+    edge = WINDOW // 2
     for a in range(edge, len(waves) - edge):
         for b in range(edge, len(waves[0]) - edge):
             near = waves[a - edge : a + edge + 1, b - edge : b + edge + 1]
             energy = np.stack([*(near**2).mean((0, 1)), np.ones((size, size))])
-            energy = ndimage.uniform_filter(energy, (0, band, band), mode="constant")
+            energy = ndimage.uniform_filter(energy, (0, BAND, BAND), mode="constant")
             energy = energy[:-1] / energy[-1]
             kept = waves[a, b] * np.clip(1 - noise / energy, 0, 1)
             rows, columns = (slice(k * stride, k * stride + size) for k in (a, b))
@@ -63,7 +62,7 @@ def test_residuals_filter_is_its_definition(shape, monkeypatch):
     expected = naive_wiener(residual.numpy(), noise.numpy())
     assert 0.1 < expected.std() < 0.8
     np.testing.assert_allclose(wiener(residual, noise), expected, atol=1e-5)
-    monkeypatch.setattr(frequencies, "SLAB", 2)
+    monkeypatch.setattr("network.fusing.residual.SLAB", 2)
     np.testing.assert_allclose(wiener(residual, noise), expected, atol=1e-5)
 
 
@@ -76,14 +75,14 @@ def observed(error, noise, shape=(1, 128, 128)):
 
 def fused(f, y, sigma, error, operator=identity):
     """Fuse, told that f's squared error is error**2."""
-    variance = np.full_like(y, error**2 / fusion.SPREAD)
-    return fusion.fuse(f, variance, y, np.ones(1), sigma, operator)
+    variance = np.full_like(y, error**2 / noisy.SPREAD)
+    return noisy.fuse_noisy(f, variance, y, np.ones(1), sigma, operator)
 
 
 @pytest.mark.parametrize("error", [0.02, 0.05, 0.1])
 def test_frequencies_of_white_errors_give_the_inverse_variance_mean(error, monkeypatch):
-    monkeypatch.setattr(fusion, "filter_slabs", without_pass)
-    monkeypatch.setattr(fusion, "GAIN", 0)
+    monkeypatch.setattr(noisy, "filter_slabs", without_pass)
+    monkeypatch.setattr(noisy, "GAIN", 0)
     noise = 0.05
     clean, f, y = observed(error, noise)
     best = error**2 / (error**2 + noise**2)
@@ -104,7 +103,7 @@ def test_fusing_without_noise_gives_y_and_with_much_the_ensemble(channels):
 @pytest.mark.parametrize("operator", [identity, CircularBlur(gaussian_psf(15, 1.0))])
 def test_fusing_does_not_believe_a_level_far_too_low(operator, monkeypatch):
     """White textures have no similar patches: frequencies alone."""
-    monkeypatch.setattr(fusion, "filter_slabs", without_pass)
+    monkeypatch.setattr(noisy, "filter_slabs", without_pass)
     clean, f, _ = observed(0.03, 0)
     noise = 0.1 * torch.randn(1, 128, 128, generator=seeded())
     y = (operator(torch.from_numpy(clean)[None])[0] + noise).numpy()
@@ -127,10 +126,10 @@ def test_an_unknown_level_is_that_of_the_residual():
 def test_quiet_quarter_of_a_spectrum_is_its_definition():
     residual = random_image(3, 41, 36).numpy() - 0.5
     energy = np.abs(np.fft.rfft2(residual)) ** 2 / (41 * 36)
-    rows = np.array_split(energy, fusion.BINS, axis=1)
-    parts = [x.mean() for part in rows for x in np.array_split(part, fusion.BINS, 2)]
+    rows = np.array_split(energy, noisy.BINS, axis=1)
+    parts = [x.mean() for part in rows for x in np.array_split(part, noisy.BINS, 2)]
     expected = np.quantile(parts, 0.25)
-    assert fusion.quiet_energy(torch.from_numpy(residual)) == pytest.approx(
+    assert noisy.quiet_energy(torch.from_numpy(residual)) == pytest.approx(
         expected, rel=1e-4
     )
 
@@ -156,7 +155,7 @@ def test_fusing_under_a_blur_of_one_pixel_is_the_pointwise_form():
 
 
 def test_frequencies_do_not_blow_up_what_a_blur_has_taken(monkeypatch):
-    monkeypatch.setattr(fusion, "filter_slabs", without_pass)
+    monkeypatch.setattr(noisy, "filter_slabs", without_pass)
     clean = ndimage.gaussian_filter(random_image(1, 64, 64).numpy(), (0, 1.5, 1.5))
     blur = CircularBlur(gaussian_psf(15, 2.0))
     noise = 0.01 * torch.randn(1, 64, 64, generator=seeded())
@@ -169,9 +168,9 @@ def test_frequencies_do_not_blow_up_what_a_blur_has_taken(monkeypatch):
 
 def test_learner_fuses_its_own_observation_and_variance():
     y = random_image(1, 32, 33)
-    learner = train(begun(y, roll, fuse=True, noise=20), 2)
+    learner = train(begun(y, roll, fuse="noise", noise=20), 2)
     ensemble = learner.predict(4)
     given = ensemble.mean, ensemble.variance, y, torch.ones(1), 20, roll
-    expected = fusion.fuse(*given)
+    expected = noisy.fuse_noisy(*given)
     for made, other in zip(learner.fuse(ensemble), expected, strict=True):
         np.testing.assert_array_equal(made, other)

@@ -166,7 +166,7 @@ def test_the_script_estimates_writes_and_resumes(capsys, monkeypatch):
 def test_no_psf_is_taken_for_exact():
     for flags in ("", "--kernel estimate", "--kernel_sigma 2"):
         recipe, noise = chosen(f"--observed {flags}", "deblur", photograph())
-        assert recipe.fuse and recipe.noise > 1.5 > noise.sigma()
+        assert recipe.fuse == "noise" and recipe.noise > 1.5 > noise.sigma()
     hot = photograph()
     hot[:, 99, 99] = 30
     spoiled, _ = chosen("--observed", "deblur", hot)

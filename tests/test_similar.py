@@ -8,9 +8,9 @@ import torch
 from skimage import data
 from tensors import identity, random_image, seeded, without_pass
 
-from network import fusion, similar
 from network.blur import CircularBlur, gaussian_psf
-from network.similar import filter_groups
+from network.fusing import noisy, similar
+from network.fusing.similar import filter_groups
 from utils import gaussian_noise
 
 
@@ -111,7 +111,7 @@ def test_slabs_leave_no_trace(monkeypatch):
         monkeypatch.setattr(similar, "TILES", count)
         slabs = list(similar.filter_slabs(*map(torch.from_numpy, (f, y)), 0.01))
         assert len(slabs) == 1 or count == 1
-        made[count] = *fusion.fuse(*known), *(torch.cat(x, 1) for x in zip(*slabs))
+        made[count] = *noisy.fuse_noisy(*known), *(torch.cat(x, 1) for x in zip(*slabs))
     for some, whole in zip(*made.values()):
         np.testing.assert_allclose(some, whole, atol=1e-5)
 
@@ -143,7 +143,7 @@ def test_black_and_white_checks_stay_with_hardly_any_noise(gap):
     """Gram matrices of few large eigenvalues, near to singular."""
     rows = torch.arange(64) // gap
     checks = ((rows + rows[:, None]) % 2).float()[None]
-    result, _ = filter_groups(checks, checks, (fusion.LEAST_SIGMA / 255) ** 2)
+    result, _ = filter_groups(checks, checks, (noisy.LEAST_SIGMA / 255) ** 2)
     torch.testing.assert_close(result, checks, atol=1e-2, rtol=0)
 
 
@@ -177,9 +177,9 @@ def decibels(image, clean):
 @pytest.mark.parametrize("task", ["denoise", "deblur"])
 def test_a_networks_result_gains_by_the_pass(task, monkeypatch):
     clean, known = saved(task)
-    result, predicted = fusion.fuse(*known)
-    monkeypatch.setattr(fusion, "filter_slabs", without_pass)
-    before, _ = fusion.fuse(*known)
+    result, predicted = noisy.fuse_noisy(*known)
+    monkeypatch.setattr(noisy, "filter_slabs", without_pass)
+    before, _ = noisy.fuse_noisy(*known)
     assert decibels(before, clean) > decibels(known[0], clean) + 0.1
     assert decibels(result, clean) > decibels(before, clean) + 0.25
     assert 0.7 < predicted.mean() / ((result - clean) ** 2).mean() < 1.4
@@ -191,13 +191,13 @@ def test_an_ensemble_that_errs_less_than_the_pass_is_kept(error):
     clean = random_image(1, 96, 96).numpy()
     draws = np.random.default_rng(0).standard_normal((2, *clean.shape), np.float32)
     f, y = clean + error * draws[0], clean + 0.2 * draws[1]
-    variance = np.full_like(y, error**2 / fusion.SPREAD)
-    result, _ = fusion.fuse(f, variance, y, np.ones(1), 51, identity)
+    variance = np.full_like(y, error**2 / noisy.SPREAD)
+    result, _ = noisy.fuse_noisy(f, variance, y, np.ones(1), 51, identity)
     assert decibels(result, clean) > decibels(f, clean) - 0.6
 
 
 def test_planes_of_a_colour_picture_keep_the_noise_white():
-    matrix = fusion.opponent(torch.zeros(3, 1, 1))
+    matrix = noisy.opponent(torch.zeros(3, 1, 1))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(3))
     assert matrix[0].std() < 1e-6 and matrix[1:].sum(1).abs().max() < 1e-6
-    torch.testing.assert_close(fusion.opponent(torch.zeros(1, 1, 1)), torch.eye(1))
+    torch.testing.assert_close(noisy.opponent(torch.zeros(1, 1, 1)), torch.eye(1))

@@ -208,7 +208,7 @@ def test_the_range_and_the_noise_are_those_of_the_rest():
     known = ~(gaps | outliers)
     recipe = recipes.adapt("fast", np.where(known, y, np.nan), known)
     assert 0.8 < recipe.scale.span < 1.6
-    assert recipe.fuse and 15 < recipe.noise * recipe.scale.span < 35
+    assert recipe.fuse == "noise" and 15 < recipe.noise * recipe.scale.span < 35
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2])
@@ -242,7 +242,7 @@ def test_noisy_entries_beside_holes_are_not_put_back():
     known[0, 5:9, 5:9] = 0
     for sigma, back in ((25, False), (0, True)):
         recipe = recipes.adapt("fast", y, known, white(sigma), given={"iteration": 4})
-        assert recipe.fuse
+        assert recipe.fuse == ("holes" if back else "noise")
         learner = train(Self2Self(y, identity, known, recipe), 4)
         image, error = learner.fuse(learner.predict(2))
         at = known > 0

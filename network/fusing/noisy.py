@@ -3,8 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from network.frequencies import wiener
-from network.similar import filter_slabs, noise_levels
+from network.fusing.residual import wiener
+from network.fusing.similar import filter_slabs, noise_levels
 
 BINS = 8  # of the residual's spectrum, along either side
 QUIET_SHARE = 0.25  # share of its bins taken to hold hardly anything but noise
@@ -40,7 +40,7 @@ def opponent(like):
     return (matrix / matrix.norm(dim=1, keepdim=True)).to(like)
 
 
-def fuse(ensemble, variance, observation, known, sigma, forward_operator):
+def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     """Give the ensemble's mean back what its residual holds besides noise.
 
     All is done by plane: see `opponent`. The residual r = y - A(f) is noise, and the
@@ -63,7 +63,7 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
         variance: of the predictions, by plane, of the same shape.
         observation: y, likewise.
         known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W). Elsewhere
-            f stands in y's place. For holes without noise see missing.fuse.
+            f stands in y's place. For holes without noise see missing.fill_holes.
         sigma: s, standard deviation of y's white noise on the 0-255 scale. None: it is
             not known, and all of the residual counts as noise. Under a blur that is
             nearly so, for A leaves little of the error of f.

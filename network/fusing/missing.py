@@ -5,8 +5,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-from network.fusion import SPREAD, opponent
-from network.similar import filter_groups
+from network.fusing.noisy import SPREAD, opponent
+from network.fusing.similar import filter_groups
 
 ROUNDS = 8
 STEP = 0.64  # what is taken for the guess's squared error, from one round to the next
@@ -14,7 +14,7 @@ BEYOND = 1.8  # how far a guess follows the filter, which moves it too little
 SHARPER = 0.3  # of the pilot, the share that is the picture filtered, not the result
 
 
-def fuse(ensemble, variance, observation, known):
+def fill_holes(ensemble, variance, observation, known):
     """Fuse the ensemble's mean with an observation without noise that has holes.
 
     The residual is carried to the missing entries. Then, in every round, the known
@@ -23,7 +23,7 @@ def fuse(ensemble, variance, observation, known):
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
-        variance: of the predictions, by plane, of the same shape: see fusion.opponent.
+        variance: of the predictions, by plane, of the same shape: see noisy.opponent.
         observation: y, likewise.
         known: 1 where an entry of y is known, else 0: (C, H, W), or (1, H, W), with which
             colours are filtered as luminance and differences.

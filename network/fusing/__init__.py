@@ -1,0 +1,21 @@
+"""Fusing the ensemble with the observation, which still shows what the network missed."""
+
+
+def fuse(what, ensemble, variance, observation, known, sigma, forward_operator):
+    """Fuse the ensemble's mean with the observation.
+
+    Args:
+        what: noise, an observation with white noise: see noisy.fuse_noisy; or holes, one
+            without noise of which entries are unknown: see missing.fill_holes. They
+            explain the other arguments.
+
+    Returns:
+        The fused restoration and its predicted squared error, (C, H, W), float32.
+    """
+    from network.fusing.missing import fill_holes  # late: see network/__init__.py
+    from network.fusing.noisy import fuse_noisy
+
+    given = ensemble, variance, observation, known
+    if what == "holes":
+        return fill_holes(*given)
+    return fuse_noisy(*given, sigma, forward_operator)
