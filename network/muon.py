@@ -64,6 +64,9 @@ class Muon(torch.optim.Optimizer):
                 self._step(weights, group["lr"])
 
     def _step(self, weights, rate):
+        weights = [weight for weight in weights if weight.grad is not None]
+        if not weights:
+            return
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
@@ -85,28 +88,27 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(network, name, beta2, rate):
-    """Return the optimisers of a network, whose tensors are all there and change in place.
+    """Return the optimisers of a network; all their tensors exist and change in place.
 
     Args:
-        network: its weights get gradients of zeros.
+        network: any module with weights to train; they get gradients of zeros.
         name, beta2: see recipes.Recipe.
-        rate: the learning rate, a tensor on the weights' device.
+        rate: the learning rate, a tensor on the device of the weights.
     """
     wide, rest = [], []
     for weight in network.parameters():
-        weight.grad = torch.zeros_like(weight)
-        fits = weight.ndim == 4 and min(weight.shape[:2]) >= MUON_CHANNELS
-        (wide if name == "muon" and fits else rest).append(weight)
-    cuda = rate.device.type == "cuda"
-    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-    adam = kind(
-        rest,
-        lr=rate,
-        fused=True,
-        betas=(0.9, beta2),
-        capturable=cuda,
-    )
-    optimizers = [adam, Muon(wide, rate, together=cuda)] if wide else [adam]
+        if weight.requires_grad:
+            weight.grad = torch.zeros_like(weight)
+            fits = weight.ndim == 4 and min(weight.shape[:2]) >= MUON_CHANNELS
+            (wide if name == "muon" and fits else rest).append(weight)
+    optimizers, cuda = [], rate.device.type == "cuda"
+    if rest or not wide:  # PyTorch names the fault of a network without weights
+        kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+        betas = 0.9, beta2
+        adam = kind(rest, lr=rate, fused=True, betas=betas, capturable=cuda)
+        optimizers.append(adam)
+    if wide:
+        optimizers.append(Muon(wide, rate, together=cuda))
     before = copy.deepcopy(network.state_dict())
     for optimizer in optimizers:
         optimizer.step()  # makes the averages
@@ -117,6 +119,6 @@ def make_optimizers(network, name, beta2, rate):
 
 
 def moments(optimizers):
-    """List the optimisers' tensors."""
+    """List the tensors that the optimisers keep from step to step."""
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     return [value for state in states for value in state.values()]

@@ -10,9 +10,9 @@ import torch
 from network import fusion, health, missing
 from network.cpu import keep_memory, tune_cpu
 from network.ensemble import Ensemble, Restoration
+from network.fast_punet import FastPunet
 from network.masks import BernoulliMasks, flip
 from network.muon import make_optimizers, moments
-from network.punet import Punet, initialise_like_tensorflow, inverse_bent_sigmoid
 from network.scale import UNIT
 from network.windows import Window, tiles
 
@@ -56,13 +56,31 @@ class Self2Self:
         seed: of the weights, the masks and the dropout.
         device: where to compute.
         weights: to start from, another network's: see `network_weights`. None: new ones.
+        network: function that takes C and returns a new module, called as
+            module(x, mask, draw): see Punet.forward. Every restart calls it again. What
+            the recipe says about layers and initial weights does not reach the module; a
+            method `start_at` and an attribute `bend` are used if it has them, as Punet
+            does. None: the recipe's Punet.
+        loss: what a step minimises, a function as dropped_loss.
+        capture: whether steps on CUDA run as one graph. Without it every line of a step
+            runs in Python, so prints and breakpoints work.
 
     `step` counts the training steps done. `notes` says, in a sentence each, when the
     network has died and started over.
     """
 
     def __init__(
-        self, y, forward_operator, known, recipe, seed=0, device="cpu", weights=None
+        self,
+        y,
+        forward_operator,
+        known,
+        recipe,
+        seed=0,
+        device="cpu",
+        weights=None,
+        network=None,
+        loss=dropped_loss,
+        capture=True,
     ):
         tune_cpu()
         y = np.asarray(y)
@@ -75,16 +93,19 @@ class Self2Self:
         self.known = torch.as_tensor(known, **kind)[None]
         scale = recipe.scale if recipe.absolute else UNIT
         self.black, self.unit = -scale.offset / scale.span, scale.span  # of photons
-        self.health = health.Health(self.y, self.known, recipe.bend)
+        self.make_network, self.loss = network or self._punet, loss
+        self.captures = capture and self.device.type == "cuda"
         self.masks = BernoulliMasks(self.device, seed, 0)
         reach = getattr(forward_operator, "reach", 0)
         self.window = Window(y.shape[1:], recipe.window, reach, self.device)
         self.network = self._new_network(0, recipe.start).to(
             self.device, memory_format=torch.channels_last
         )
+        bend = getattr(self.network, "bend", None)
+        self.health = health.Health(self.y, self.known, bend)
         self.rate = torch.tensor(
             recipe.lr, device=self.device
-        )  # a captured step reads it
+        )  # read by captured steps
         kind = recipe.optimizer, recipe.beta2
         self.optimizers = make_optimizers(self.network, *kind, self.rate)
         self.ensemble = None  # of the training's own predictions
@@ -95,30 +116,33 @@ class Self2Self:
         self.step = self.loss_steps = self.attempt = 0
         self.lr, self.notes, self.graph = recipe.lr, [], None
 
+    def _punet(self, channels):
+        """Return the network that the recipe asks for."""
+        recipe = self.recipe
+        network = FastPunet(
+            channels,
+            recipe.drop_rate,
+            recipe.ratio,
+            recipe.drop_upsampled,
+            recipe.bend,
+            recipe.width,
+        )
+        if recipe.initialisation == "tensorflow":
+            network.initialise_like_tensorflow()
+        return network
+
     def _new_network(self, attempt, start):
         """Return a network's first weights, on the CPU: the same for every device."""
-        recipe, channels = self.recipe, self.y.shape[1]
         with torch.random.fork_rng(devices=()), torch.no_grad():
             torch.manual_seed(self.seed + ATTEMPT_SEED * attempt)
-            settings = (
-                recipe.drop_rate,
-                recipe.ratio,
-                recipe.drop_upsampled,
-                recipe.bend,
-                recipe.width,
-            )
-            network = Punet(channels, *settings)
-            if recipe.initialisation == "tensorflow":
-                initialise_like_tensorflow(network)
+            network = self.make_network(self.y.shape[1])
             if self.initial_weights and not attempt:
                 for weight, given in zip(network.parameters(), self.initial_weights):
                     weight.copy_(given)
-            elif start == "mean":
+            elif start == "mean" and hasattr(network, "start_at"):
                 sums = (self.known * self.y).sum((0, 2, 3))
                 counts = self.known.expand_as(self.y).sum((0, 2, 3)).clamp(min=1)
-                mean = (sums / counts).clamp(0.02, 0.98).cpu()
-                bias = inverse_bent_sigmoid(mean, recipe.bend)
-                network.decoder[-1][-1].bias.copy_(bias)
+                network.start_at((sums / counts).cpu())
         return network
 
     def network_weights(self):
@@ -128,7 +152,7 @@ class Self2Self:
     def _tensors(self):
         """List every tensor that a training step changes, the network's weights first."""
         sums = self.ensemble.tensors() if self.ensemble else ()
-        learnt = (*self.network.parameters(), *moments(self.optimizers))
+        learnt = *self.network.state_dict().values(), *moments(self.optimizers)
         return [*learnt, self.loss_sum, *self.health.tensors(), *sums]
 
     def state_dict(self):
@@ -167,7 +191,7 @@ class Self2Self:
         if self.ensemble:
             self.prediction_weight.fill_(self._weight_of(self.step + 1))
         self.window.move(self.seed, self.attempt, self.step)
-        if self.device.type == "cuda":
+        if self.captures:
             if self.graph is None:
                 self._capture()
             self.graph.replay()
@@ -320,23 +344,33 @@ class Self2Self:
         flips = masks((n, 2, 1, 1), 0.5)
         mask = masks(y.shape, self.recipe.drop_rate).float() * known
         seen = flip(mask, flips)
-        x = (flip(y, flips) * seen).to(getattr(torch, self.recipe.precision))
+        x = flip(y, flips) * seen
+        if isinstance(self.network, FastPunet):
+            x = x.to(getattr(torch, self.recipe.precision))
         prediction = self.network(x, seen, masks)
         return flip(prediction, flips), mask
+
+    def draw_photons(self, y):
+        """Draw an observation (N, C, H, W) anew, as photon counts: Poisson(n y) / n.
+
+        It breaks up noise that neighbours share, as TensorFlow's mode for real noise does.
+        Where y is below black, the counts are of the distance to it. Without `photons` in
+        the recipe y comes back as it is.
+        """
+        if not self.recipe.photons:
+            return y
+        black, n = self.black, self.recipe.photons * self.unit
+        counts = self.masks.poisson(n * (y - black).abs())
+        return black + (y - black).sign() * counts / n
 
     def _train(self):
         recipe, window = self.recipe, self.window.place()
         y, known = (x[:, :, *window] for x in (self.y, self.known))
-        seen = y.expand(recipe.bs, -1, -1, -1)
-        if recipe.photons:
-            # Below black the counts are of what lies below.
-            black, n = self.black, recipe.photons * self.unit
-            counts = self.masks.poisson(n * (seen - black).abs())
-            seen = black + (seen - black).sign() * counts / n
+        seen = self.draw_photons(y.expand(recipe.bs, -1, -1, -1))
         prediction, mask = self._sample(self.masks, seen, known, recipe.bs)
         judged = (known - mask if recipe.drop_rate else known) * self.window.inner
         judged = judged.expand_as(prediction)
-        loss = dropped_loss(self.forward_operator(prediction), y, judged)
+        loss = self.loss(self.forward_operator(prediction), y, judged)
         self.network.zero_grad()
         loss.backward()
         for optimizer in self.optimizers:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from network.pconv import PConv2d
+from network.punet import bent_sigmoid
 
 BLOCK_W, BLOCK_C = 64, 32
 # In maps of so many pixels the convolutions read zero channels up to a multiple of
@@ -353,7 +354,10 @@ def _first(x, mask, weight):
 
 
 def forward(network, x, mask, draw):
-    """Punet.forward up to the last sigmoid: the same arguments, the same map."""
+    """Compute what Punet.forward computes, with the same draws in the same order.
+
+    x is float32 or bfloat16, the type of the feature maps.
+    """
     n, channels, height, width = x.shape
     rate = network.drop_rate
     image = F.pad(x, (0, 0, 0, 0, 0, -channels % 4))
@@ -385,7 +389,7 @@ def forward(network, x, mask, draw):
                 keep = keep.contiguous(memory_format=torch.channels_last)
             x = Layer.apply(x, bias, ratio, skip, keep, 1 / (1 - rate), weight)
             bias, ratio, skip = conv.bias, ones, None
-    return x + bias.view(-1, 1, 1)
+    return bent_sigmoid(x + bias.view(-1, 1, 1), network.bend)
 
 
 def usable(x):
