@@ -50,9 +50,13 @@ def without_pass(pilot, *_):
 
 
 def begun(y, operator=identity, known=None, weights=None, seed=0, device="cpu", **to):
-    """A learner of y, in y's own units; `to` changes its recipe, `paper`."""
+    """Return a learner of y, in y's own units.
+
+    `to` changes its recipe, `paper`, and may hold Self2Self's `network` and `loss`.
+    """
+    own = {name: to.pop(name) for name in ("network", "loss") if name in to}
     recipe = replace(RECIPES["paper"], **{"lr": 1e-3, "photons": None} | to)
-    return Self2Self(y, operator, known, recipe, seed, device, weights)
+    return Self2Self(y, operator, known, recipe, seed, device, weights, **own)
 
 
 def train(learner, steps):
