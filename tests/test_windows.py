@@ -10,29 +10,29 @@ from tensors import begun, block_mask, random_image, train
 from deblur import CircularBlur
 from network import self2self, windows
 from network.self2self import dropped_loss
-from network.windows import tiles, window_corner
+from network.windows import choose_corner, tiles
 
 
 @pytest.mark.parametrize("periodic", [False, True])
 def test_windows_lie_everywhere_alike(periodic):
     counts = np.zeros((60, 50))
     for step in range(3000):
-        top, left = window_corner((60, 50), (20, 50), periodic, 0, step)
+        top, left = choose_corner((60, 50), (20, 50), periodic, 0, step)
         assert left == 0 and (periodic or top <= 40)
         counts[np.arange(top, top + 20) % 60] += 1
     assert (counts == counts[:, :1]).all()
     expected = 3000 * 20 / 60
     assert abs(counts.mean() - expected) < 1e-9
     assert abs(counts[:, 0] / expected - 1).max() < (0.15 if periodic else 0.6)
-    same, other = (window_corner((60, 50), (20, 20), periodic, 0, s) for s in (5, 6))
-    assert same == window_corner((60, 50), (20, 20), periodic, 0, 5) != other
+    same, other = (choose_corner((60, 50), (20, 20), periodic, 0, s) for s in (5, 6))
+    assert same == choose_corner((60, 50), (20, 20), periodic, 0, 5) != other
 
 
 @pytest.mark.parametrize("size", [32, 768, 769, 1300, 2048, 6000])
 def test_tiles_share_every_pixel_out(size):
     total = torch.zeros(size)
     for first, last, weights in tiles(size):
-        assert 32 <= last - first <= windows.TILE and first % windows.GRID == 0
+        assert 32 <= last - first <= windows.TILE_SIDE and first % windows.GRID == 0
         total[first:last] += weights
         used = weights.nonzero()
         assert first == 0 or used.min() >= 96
@@ -45,7 +45,7 @@ def test_a_prediction_by_tiles_is_that_of_the_whole(monkeypatch):
     monkeypatch.setattr(self2self, "flip", lambda x, flips: x)
     learner = train(begun(random_image(1, 450, 40), drop_rate=0, lr=1e-3), 2)
     whole = learner.predict(1).image
-    monkeypatch.setattr(windows, "TILE", 320)
+    monkeypatch.setattr(windows, "TILE_SIDE", 320)
     assert len(windows.tiles(450)) > 2
     by_tiles = learner.predict(1).image
     assert 0 < np.abs(by_tiles - whole).max() < 1e-4 * whole.std()
