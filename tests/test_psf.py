@@ -104,7 +104,7 @@ def test_nothing_is_learnt_where_no_edge_is_strong_enough(monkeypatch):
 
 def test_the_fit_is_that_of_a_dense_solver(monkeypatch):
     """Least squares, not below 0, of the gradients of a small periodic picture."""
-    monkeypatch.setattr(estimation, "STEPS", 4000)
+    monkeypatch.setattr(estimation, "FISTA_STEPS", 4000)
     rng = np.random.default_rng(0)
     latent, truth = rng.random((16, 16)), np.zeros((3, 3))
     truth[1], truth[0, 2] = [0.2, 0.5, 0.2], 0.1
