@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tensors import begun, random_image, train
+from tensors import Small, begun, random_image, train
 from torch import nn
 
 
@@ -33,24 +33,6 @@ class Halving(nn.Module):
         self.inputs.append(x)
         self.masks.append(mask)
         return self.factor * x
-
-
-class Small(nn.Module):
-    """Another network: no sigmoid, no last bias, normalisation, a weight without use."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.first = nn.Conv2d(2 * channels, 16, 3, padding=1)
-        self.middle = nn.Conv2d(16, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16)
-        self.last = nn.Conv2d(16, channels, 1, bias=False)
-        self.unused = nn.Parameter(torch.ones(16, 16, 1, 1))
-        self.frozen = nn.Parameter(torch.ones(()), requires_grad=False)
-
-    def forward(self, x, mask, draw):
-        x = torch.relu(self.first(torch.cat((x, mask), 1)))
-        x = torch.relu(self.norm(self.middle(x))) * draw(x.shape, 0.3)
-        return self.last(x)
 
 
 RECIPES = [
