@@ -161,7 +161,7 @@ class EdgePad(torch.autograd.Function):
     def forward(ctx, keep, x, size):
         """Pad x (N, C, h, w); keep is (N, C, H, W), 1 = kept, or None: all is kept."""
         ctx.save_for_backward(keep)
-        ctx.step, ctx.shape = 1 if size is None else 2, x.shape
+        ctx.step = 1 if size is None else 2
         height, width = size or x.shape[2:]
         padded = torch.empty(
             (*x.shape[:2], height + 2, width + 2),
@@ -184,16 +184,27 @@ class EdgePad(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return None, None, None
         (keep,) = ctx.saved_tensors
-        grad = grad.clone()  # somebody else may hold it
-        grad[..., 1] += grad[..., 0]
-        grad[..., -2] += grad[..., -1]
-        grad[..., 1, :] += grad[..., 0, :]
-        grad[..., -2, :] += grad[..., -1, :]
-        (first, kept), *others = copies(ctx.step, grad[..., 1:-1, 1:-1], keep)
-        grad_x = first * kept  # the first copy of every pixel: none is cropped
-        for part, kept in others:
+        every = slice(None)
+
+        def kept(part, rows, columns):
+            return part * (1 if keep is None else keep[..., rows, columns])
+
+        # Into a copy, because others may hold `grad`.
+        inner = kept(grad[..., 1:-1, 1:-1], every, every)
+        for edge in (0, -1):
+            inner[..., edge] += kept(grad[..., 1:-1, edge], every, edge)
+        for edge in (0, -1):
+            row = grad[..., edge, 1:-1].clone()
+            row[..., 0] += grad[..., edge, 0]
+            row[..., -1] += grad[..., edge, -1]
+            inner[..., edge, :] += kept(row, edge, every)
+        if ctx.step == 1:
+            return None, inner, None
+        (first, _), *others = copies(ctx.step, inner, None)
+        grad_x = first.clone()  # the first copy of every pixel: none is cropped
+        for part, _ in others:
             h, w = part.shape[2:]
-            grad_x[..., :h, :w] += part * kept
+            grad_x[..., :h, :w] += part
         return None, grad_x, None
 
 

@@ -61,6 +61,8 @@ def test_another_network(recipe):
     for each in (learner, resumed):
         train(each, 2)
     np.testing.assert_array_equal(learner.predict(3), resumed.predict(3))
+    norms = [each.network.norm.running_mean for each in (learner, resumed)]
+    assert torch.equal(*norms) and norms[0].any()
     learner.restart()
     again = begun(y, network=network, lr=3e-3, **recipe)
     assert made == [3] * 4
