@@ -71,9 +71,10 @@ class Small(nn.Module):
 def begun(y, operator=identity, known=None, weights=None, seed=0, device="cpu", **to):
     """Return a learner of y, in y's own units.
 
-    `to` changes its recipe, `paper`, and may hold Self2Self's `network` and `loss`.
+    `to` changes its recipe, `paper`; `network`, `loss` and `capture` go to Self2Self.
     """
-    own = {name: to.pop(name) for name in ("network", "loss") if name in to}
+    outer = "network", "loss", "capture"
+    own = {name: to.pop(name) for name in outer if name in to}
     recipe = replace(RECIPES["paper"], **{"lr": 1e-3, "photons": None} | to)
     return Self2Self(y, operator, known, recipe, seed, device, weights, **own)
 
