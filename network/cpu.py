@@ -1,4 +1,4 @@
-"""What is asked of a CPU, and of the C library's memory, so that PyTorch is fast."""
+"""Settings of the processor and of the C library with which PyTorch is fast on a CPU."""
 
 import ctypes
 import sys
@@ -8,24 +8,27 @@ import torch
 
 
 def tune_cpu():
-    """Keep PyTorch fast on a CPU: denormal numbers, which a network meets, are slow."""
+    """Keep training fast on a CPU: flush denormal numbers to 0, reuse freed memory.
+
+    A network's activations become denormal now and then, and the CPU is slow at those.
+    """
     torch.set_flush_denormal(True)
-    keep_memory(2**27, 2**30)  # a window's tensors, not a large picture's
+    keep_memory(2**27, 2**30)  # the tensors of a window, not those of a large picture
 
 
-def keep_memory(largest, freed):
-    """Say what freed memory is kept for the next tensors, and hand back all other.
+def keep_memory(max_tensor, max_kept):
+    """Choose how much freed memory the process keeps, and return the rest to the system.
 
-    To the system, which maps and clears it again when it is asked for: a training step
-    that does so with every tensor takes a tenth longer.
+    The system maps and clears memory again at every request. A training step takes a
+    tenth longer if each tensor is returned when it is freed. Only glibc can be told.
 
     Args:
-        largest: bytes of a tensor that is not handed back by itself when it is freed.
-        freed: bytes that are kept, at most.
+        max_tensor: bytes; a larger tensor is returned as soon as it is freed.
+        max_kept: bytes of freed memory that are kept.
     """
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # glibc alone has it
+        with suppress(OSError, AttributeError):  # another C library
             glibc = ctypes.CDLL(None)
-            glibc.mallopt(-3, largest)  # M_MMAP_THRESHOLD
-            glibc.mallopt(-1, freed)  # M_TRIM_THRESHOLD
+            glibc.mallopt(-3, max_tensor)  # M_MMAP_THRESHOLD
+            glibc.mallopt(-1, max_kept)  # M_TRIM_THRESHOLD
             glibc.malloc_trim(0)

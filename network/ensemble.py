@@ -1,4 +1,4 @@
-"""The dropout ensemble: weighted sums of predictions, and what they come to."""
+"""The dropout ensemble: weighted sums of predictions, and their mean and variance."""
 
 from typing import NamedTuple
 
@@ -7,21 +7,20 @@ import torch
 
 
 class Restoration(NamedTuple):
-    """What predictions come to: arrays (C, H, W)."""
+    """The result of an ensemble: arrays (C, H, W)."""
 
-    image: np.ndarray  # the restored one, in the observation's units
-    variance: (
-        np.ndarray
-    )  # of the predictions, by plane, likewise: see fusing.noisy.opponent
+    image: np.ndarray  # the restored picture, in the observation's units
+    # Variance of the predictions, by plane (see fusing.noisy.opponent), same units.
+    variance: np.ndarray
     mean: np.ndarray  # of the predictions, in the learner's units
 
 
 class Ensemble:
-    """Weighted sums of predictions, of their planes' squares, and of the weights.
+    """Weighted sums of predictions and of their squares, and the sum of the weights.
 
     Args:
-        like: an observation (C, H, W), of whose shape and on whose device they are.
-        planes: the matrix that takes colours to planes, (C, C).
+        like: an observation (C, H, W); the sums have its shape and its device.
+        planes: matrix (C, C) that turns colours into planes; squares are summed by plane.
     """
 
     def __init__(self, like, planes):
@@ -30,27 +29,27 @@ class Ensemble:
         self.weights = like.new_zeros(like.shape[1:])
 
     def tensors(self):
-        """The sums, which `add` changes in place."""
+        """Return the sums, which `add` changes in place."""
         return self.total, self.squares, self.weights
 
     def add(self, predictions, weight=1.0, place=(slice(None), slice(None))):
-        """Add predictions (N, C, h, w) of a place: its rows and columns, as indices."""
+        """Add predictions (N, C, h, w) at a place, the indices of its rows and columns."""
         squares = self._by_plane(predictions) ** 2
         self.total[:, *place] += weight * predictions.sum(0)
         self.squares[:, *place] += weight * squares.sum(0)
         self.weights[*place] += weight * len(predictions)
 
     def divided(self, divisor):
-        """Return another one, of weights that are divided by a number."""
+        """Return a copy in which all weights are divided by a number."""
         other = Ensemble(self.total, self.planes)
         for ours, its in zip(self.tensors(), other.tensors()):
             torch.div(ours, divisor, out=its)
         return other
 
     def mean_and_variance(self):
-        """Return the predictions' mean and, by plane, their variance: (C, H, W) each."""
+        """Return the mean of the predictions and their variance by plane: (C, H, W) each."""
         mean = self.total / self.weights
-        # The sum of squared distances from the mean, over one less than all.
+        # The sum of squared distances from the mean, over the sum of weights less one.
         distance = self.squares - self.weights * self._by_plane(mean[None])[0].square_()
         return mean, (distance / (self.weights - 1).clamp(min=1)).clamp_(min=0)
 

@@ -1,29 +1,30 @@
-"""Whether a network lives: a large learning rate can drive it to a useless output."""
+"""Detects a dead network: one that gives a constant, a wild or a non-finite output."""
 
 import math
 
 import torch
 
-CHECK_EVERY = 100  # steps between two looks
-EARLY = 1000  # steps within which a network that died is started over
-ATTEMPTS = 4  # how often it is started over, at most
-SETTLED = 0.95  # decay of the loss's running mean: over about 20 steps
+CHECK_EVERY = 100  # steps between two checks
+EARLY = 1000  # last step after which a network that died starts over
+ATTEMPTS = 4  # times that a network starts over, at most
+SETTLED = 0.95  # decay of the running mean of the loss: about 20 steps
 
 
 class Health:
-    """What tells how the training goes; a captured step writes it in place.
+    """Measures a training; a captured step writes the measurements in place.
 
     Args:
-        y, known: observation, and 1 where it is known, else 0: (1, C, H, W).
-        bend: of the network's last sigmoid: see Punet.
+        y, known: the observation, and 1 where it is known, else 0: (1, C, H, W).
+        bend: bend of the network's last sigmoid, see punet.bent_sigmoid. None: the
+            network ends in no sigmoid that could be stuck.
     """
 
     def __init__(self, y, known, bend):
         self.bend = bend
-        values = torch.zeros(3, device=y.device)
-        self.loss, self.deviation, self.slope = values  # running mean; of the last step
+        # The running mean of the loss; deviation and slope are of the last step.
+        self.loss, self.deviation, self.slope = torch.zeros(3, device=y.device)
         known = known.expand_as(y)
-        # Known neighbours' differences bound the noise.
+        # The noise variance is at most half the mean square difference of known neighbours.
         pairs = known[..., 1:] * known[..., :-1]
         noise = (pairs * y.diff(dim=-1) ** 2).sum() / pairs.sum().clamp(min=1) / 2
         count = known.sum((2, 3), keepdim=True).clamp(min=1)
@@ -32,28 +33,33 @@ class Health:
         self.noise, self.variance = noise, variance
 
     def tensors(self):
-        """The tensors that `watch` changes."""
+        """Return the tensors that `watch` changes."""
         return self.loss, self.deviation, self.slope
 
     def watch(self, loss, prediction):
-        """Take a step's loss and its prediction (N, C, h, w) into account."""
+        """Measure a step by its loss and its prediction (N, C, h, w)."""
         self.loss.lerp_(loss, 1 - SETTLED)
         self.deviation.copy_(prediction.std((2, 3)).max())
-        inner = prediction.clamp(self.bend, 1 - self.bend)
-        self.slope.copy_((inner * (1 - inner)).mean())  # the sigmoid's
+        if self.bend is not None:
+            inner = prediction.clamp(self.bend, 1 - self.bend)
+            self.slope.copy_((inner * (1 - inner)).mean())  # of the sigmoid
 
     def lives(self, step):
         """Tell whether the network still learns at a step. Reads the device.
 
-        Dead are a loss that is not finite; and, from step CHECK_EVERY on, a prediction on
-        the sigmoid's flat ends, where no gradient passes, that errs by more than the
-        noise (a black picture's black prediction is alive); and one that swings by more
-        than the observation and errs by twice its variance.
+        A network is dead if its loss is not finite. From step CHECK_EVERY on it is also
+        dead in two other cases:
+
+        - It is stuck: the sigmoid is flat, so no gradient passes, and the loss is larger
+          than the noise. (A black prediction for a black picture is alive.)
+        - It is wild: the prediction varies more than the observation, and the loss is
+          more than twice the observation's variance.
         """
         loss = self.loss.item() / (1 - SETTLED ** max(1, step))
         if not math.isfinite(loss) or step < CHECK_EVERY:
             return math.isfinite(loss)
+        flat = self.bend is not None and self.slope.item() < 1e-5
+        stuck = flat and loss > 1.1 * self.noise.item()
         variance, swing = self.variance.item(), self.deviation.item() ** 2
-        stuck = self.slope.item() < 1e-5 and loss > 1.1 * self.noise.item()
         wild = swing > max(variance, 0.01) and loss > 2 * variance
         return not stuck and not wild

@@ -1,4 +1,4 @@
-"""Random masks and flips: what makes one sample of the observation differ from another."""
+"""Random Bernoulli masks, photon counts and flips: what makes samples of an image differ."""
 
 import math
 
@@ -11,13 +11,13 @@ BFLOAT16_ONE = 0x3F80  # the bits of 1 in bfloat16
 class BernoulliMasks:
     """A seeded stream of Bernoulli masks on one device.
 
-    Four entries come from one 64-bit draw, 16 bits each, so a rate is exact to 2**-16.
-    On the CPU the draws are NumPy's: PyTorch's are serial there and three times slower,
-    its bernoulli_ twenty times.
+    Each 64-bit draw makes four entries of 16 bits, so a drop rate is exact to 2**-16. On
+    the CPU the draws are NumPy's. PyTorch's are three times slower there, and its
+    bernoulli_ is twenty times slower.
 
     Args:
         device: where the masks are made.
-        entropy: non-negative integers that name the stream, such as (seed, step).
+        entropy: non-negative integers that select the stream, such as (seed, step).
     """
 
     def __init__(self, device, *entropy):
@@ -27,7 +27,7 @@ class BernoulliMasks:
         self.seed(*entropy)
 
     def seed(self, *entropy):
-        """Start the stream named by `entropy`."""
+        """Go to the start of the stream that `entropy` selects."""
         sequence = np.random.SeedSequence(entropy)
         if self.device.type == "cuda":
             self.generator.manual_seed(
@@ -37,13 +37,13 @@ class BernoulliMasks:
             self.bits = np.random.SFC64(sequence)
 
     def state(self):
-        """The stream's position, as a tensor."""
+        """Return the position in the stream, as a tensor."""
         if self.device.type == "cuda":
             return self.generator.get_state()
         return torch.from_numpy(self.bits.state["state"]["state"].view(np.int64).copy())
 
     def load_state(self, state):
-        """Go on from a position that `state` gave."""
+        """Go to a position that `state` returned."""
         if self.device.type == "cuda":
             self.generator.set_state(state.cpu())
         else:
@@ -51,10 +51,10 @@ class BernoulliMasks:
             self.bits.state = self.bits.state | {"state": {"state": words}}
 
     def __call__(self, shape, drop_rate):
-        """Draw a mask: 1 = kept, 0 = dropped with probability drop_rate.
+        """Draw a mask (N, C, H, W): 1 = kept, 0 = dropped with probability drop_rate.
 
-        It is bool on CUDA and bfloat16, which has 0 and 1, on the CPU, which multiplies
-        by bool ten times slower; in channels_last order, as the maps that it multiplies.
+        It is bool on CUDA. On the CPU it is bfloat16, because a product with bool takes
+        ten times as long there. Its order is channels_last, like that of feature maps.
         """
         count = math.prod(shape)
         words = (count + 3) // 4
@@ -65,14 +65,14 @@ class BernoulliMasks:
             kept = bits.view(torch.int16)[:count] >= threshold
         else:
             bits = torch.from_numpy(self.bits.random_raw(words).view(np.int64))
-            # As integers, in place: converting from bool takes six times as long.
+            # Integers in place: a conversion from bool takes six times as long.
             kept = bits.view(torch.int16)[:count].ge_(threshold).mul_(BFLOAT16_ONE)
             kept = kept.view(torch.bfloat16).to(self.device)
         n, c, h, w = shape
         return kept.view(n, h, w, c).permute(0, 3, 1, 2)
 
     def poisson(self, mean):
-        """Draw Poisson numbers, float32, of the given means: below 0 as of 0."""
+        """Draw Poisson numbers, float32, with the given means; a negative mean counts as 0."""
         mean = mean.clamp(min=0)
         if self.device.type == "cuda":
             return torch.poisson(mean, generator=self.generator)
@@ -81,10 +81,11 @@ class BernoulliMasks:
 
 
 def flip(x, flips):
-    """Mirror samples of x (N, C, H, W) left-right and up-down; its own inverse.
+    """Mirror the samples of x (N, C, H, W). Doing it twice gives x back.
 
     Args:
-        flips: (N, 2, 1, 1); where the first is not 0, left-right, the second, up-down.
+        flips: (N, 2, 1, 1). A sample is mirrored left-right if its first entry is above
+            0, and up-down if its second one is.
     """
     x = torch.where(flips[:, :1] > 0, x.flip(-1), x)
     return torch.where(flips[:, 1:] > 0, x.flip(-2), x)

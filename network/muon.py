@@ -1,22 +1,23 @@
-"""Muon (Jordan et al., 2024): steps along every direction of a weight matrix alike."""
+"""Muon (Jordan et al., 2024): an optimiser that orthogonalises its steps."""
 
 import copy
 
 import torch
 
 MOMENTUM = 0.95
-# Jordan's odd polynomial: five times in a row it takes any singular value from 0.01 to 1
-# to between 0.68 and 1.14.
+# Jordan's odd polynomial. Applied five times, it takes every singular value from 0.01 to 1
+# to a value between 0.68 and 1.14.
 QUINTIC = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
-MUON_CHANNELS = 16  # fewest, in and out, of a convolution that Muon steps
+MIN_CHANNELS = 16  # in and out, of a convolution that Muon steps
 
 
 def orthogonalise(matrices):
-    """Bring the singular values of matrices (N, m, n), m <= n, to about one each.
+    """Bring all singular values of matrices (N, m, n), m <= n, close to 1.
 
-    Every step multiplies x from the left by a polynomial of x x^T. Their product is found
-    from that m x m matrix alone: a third of the work.
+    Each of the five iterations multiplies x from the left by a polynomial in x x^T. We
+    compute the product of these polynomials from the m x m matrix x x^T and apply it to x
+    once, which takes a third of the work.
     """
     a, b, c = QUINTIC
 
@@ -36,17 +37,17 @@ def orthogonalise(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum (Nesterov's), then orthogonalise: a step is about 0.2 * lr an entry.
+    """Orthogonalised steps with Nesterov's momentum.
 
-    That scale is Adam's (Liu et al., 2025), so a learning rate means the same for both.
-    PyTorch's own Muon takes no convolutions, works in bfloat16, slow on a CPU, and
-    cannot be captured in a CUDA graph.
+    A step changes an entry by about 0.2 * lr, as Adam's does (Liu et al., 2025), so that a
+    learning rate means the same for both. PyTorch's own Muon accepts no convolutions,
+    computes in bfloat16, which many CPUs are slow at, and cannot run in a CUDA graph.
 
     Args:
-        params: convolution weights (K, C, h, w), K <= C*h*w.
-        lr: learning rate, a tensor on their device: a captured step reads it.
-        together: weights of all shapes go in one batch, made alike with zeros, which is
-            a third of the kernels; otherwise those of one shape do.
+        params: convolution weights (K, C, h, w), best with K <= C*h*w.
+        lr: learning rate, a tensor on the device of the weights; captured steps read it.
+        together: whether weights of all shapes share one batch, padded with zeros, which
+            needs a third of the CUDA kernels. Otherwise each shape has its own batch.
     """
 
     def __init__(self, params, lr, together=False):
@@ -54,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Take one step along the weights' gradients."""
+        """Take one step; a weight without a gradient stays as it is."""
         for group in self.param_groups:
             batches = {}
             for weight in group["params"]:
@@ -64,6 +65,9 @@ class Muon(torch.optim.Optimizer):
                 self._step(weights, group["lr"])
 
     def _step(self, weights, rate):
+        weights = [weight for weight in weights if weight.grad is not None]
+        if not weights:
+            return
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
@@ -85,28 +89,27 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(network, name, beta2, rate):
-    """Return the optimisers of a network, whose tensors are all there and change in place.
+    """Return the optimisers of a network; all their tensors exist and change in place.
 
     Args:
-        network: its weights get gradients of zeros.
+        network: any module with weights to train; they get gradients of zeros.
         name, beta2: see recipes.Recipe.
-        rate: the learning rate, a tensor on the weights' device.
+        rate: the learning rate, a tensor on the device of the weights.
     """
     wide, rest = [], []
     for weight in network.parameters():
-        weight.grad = torch.zeros_like(weight)
-        fits = weight.ndim == 4 and min(weight.shape[:2]) >= MUON_CHANNELS
-        (wide if name == "muon" and fits else rest).append(weight)
-    cuda = rate.device.type == "cuda"
-    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-    adam = kind(
-        rest,
-        lr=rate,
-        fused=True,
-        betas=(0.9, beta2),
-        capturable=cuda,
-    )
-    optimizers = [adam, Muon(wide, rate, together=cuda)] if wide else [adam]
+        if weight.requires_grad:
+            weight.grad = torch.zeros_like(weight)
+            fits = weight.ndim == 4 and min(weight.shape[:2]) >= MIN_CHANNELS
+            (wide if name == "muon" and fits else rest).append(weight)
+    optimizers, cuda = [], rate.device.type == "cuda"
+    if rest or not wide:  # PyTorch names the fault of a network without weights
+        kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+        betas = 0.9, beta2
+        adam = kind(rest, lr=rate, fused=True, betas=betas, capturable=cuda)
+        optimizers.append(adam)
+    if wide:
+        optimizers.append(Muon(wide, rate, together=cuda))
     before = copy.deepcopy(network.state_dict())
     for optimizer in optimizers:
         optimizer.step()  # makes the averages
@@ -117,6 +120,6 @@ def make_optimizers(network, name, beta2, rate):
 
 
 def moments(optimizers):
-    """List the optimisers' tensors."""
+    """List the tensors that the optimisers keep from step to step."""
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     return [value for state in states for value in state.values()]

@@ -1,10 +1,14 @@
 """The PSF of a blurred picture, estimated from the picture alone.
 
-From coarse to fine two steps alternate: a latent picture of few, strong edges (L0
-gradients: Xu, Lu, Xu, Jia 2011; Pan, Hu, Su, Yang 2014), which cannot explain the blur, and
-the PSF that brings its gradients to the blurred picture's (Cho, Lee 2009). Scales at which
-blur and noise have left nothing are not gone to. At the last scale, once more, less of the
-PSF is cut, and its thin tails are found.
+Two steps alternate, from the coarsest scale to the finest:
+
+1. Estimate a latent picture with few, strong edges (L0 gradients: Xu, Lu, Xu, Jia 2011; Pan,
+   Hu, Su, Yang 2014). Such a picture cannot contain the blur.
+2. Estimate the PSF that turns the gradients of the latent picture into those of the blurred
+   one (Cho, Lee 2009).
+
+Scales at which blur and noise have left no detail are skipped. The last scale is done twice;
+the second time less of the PSF is cut away, which keeps its thin tails.
 """
 
 import math
@@ -15,56 +19,67 @@ import scipy.ndimage
 
 from network.scale import find_scale
 
-SIDE = 512  # pixels: of a larger picture the part with the strongest edges is looked at
-# Weight of the number of gradients; from one alternation to the next it is divided.
-SPARSE, LESS, LEAST = 0.032, 1.1, 1e-4
-SECOND, ALIKE = 0.012, 0.7  # a second estimate's, and how the two correlate: see doubt
-# Alternations, and what is cut, see _normal: at every scale; at the last once more, from
-# an AGAIN-th of the weight on.
-ROUGH, FINE, AGAIN = (5, 0.05, 0.1), (30, 0.02, 0.02), 5
-RIDGE = 0.002  # weight of the PSF's squares, times the gradients' sum of squares
-STEPS = 150  # of FISTA (Beck, Teboulle 2009)
-POINT = 1 / 3  # share of a PSF at its centre from which there is hardly any blur
-DETAIL = 1.3  # times the energy of noise, from which there is detail
-EDGE = 0.02  # share of a PSF at its edge: see doubt
+PATCH_SIDE = 512  # pixels; the PSF is estimated from the part with the strongest edges
+# Weight of the number of gradients: at first, divisor after each alternation, at least.
+SPARSE, SPARSE_DIVISOR, MIN_SPARSE = 0.032, 1.1, 1e-4
+# `doubt` compares two estimates: weight for the second, least correlation of a sure PSF.
+SECOND, MIN_CORRELATION = 0.012, 0.7
+# Alternations at a scale, and what _normalise cuts: at every scale, and at the last one the
+# second time, which starts with the FINE_DIVISOR-th part of the weight.
+ROUGH, FINE, FINE_DIVISOR = (5, 0.05, 0.1), (30, 0.02, 0.02), 5
+# Weight of the PSF's squares, as a share of the gradients' sum of squares.
+RIDGE = 0.002
+FISTA_STEPS = 150  # Beck, Teboulle 2009
+MAX_CENTRE = 1 / 3  # share of a PSF at its centre; with more there is hardly any blur
+DETAIL = 1.3  # least energy of a band with detail, in units of the noise's energy
+MAX_EDGE = 0.02  # share of a PSF at its array's edge; with more the array is too small
 
 
 def estimate_psf(y, size, sparse=SPARSE):
-    """Estimate the PSF of a picture that is blurred alike everywhere.
+    """Estimate the PSF of a picture that has the same blur everywhere.
 
     Args:
-        y: the blurred picture, (C, H, W), in any units, twice as large as the PSF.
-        size: side of the PSF's array, pixels, odd.
-        sparse: weight of the number of gradients, to begin with.
+        y: the blurred picture, (C, H, W), in any units, at least twice as large as the PSF.
+        size: side of the PSF's array in pixels, odd.
+        sparse: weight of the number of gradients at first.
 
     Returns:
-        k, (size, size), not below 0, of sum 1, centred; a point for half a pixel or less.
+        The PSF k, (size, size), non-negative, with the sum 1, centred. It is a point if
+        the blur is half a pixel or less.
     """
-    gray = _part(find_scale(y, np.ones((1, 1, 1))).to(y).mean(0))
+    gray = _sharpest_part(find_scale(y, np.ones((1, 1, 1))).to(y).mean(0))
     first = max(0, math.ceil(2 * math.log2(size / 3)))  # the coarsest of the scales
-    last, psf = min(_finest(gray), first), point(3)
-    weights = [sparse / LESS ** (ROUGH[0] * i) for i in range(1 + first - last)]
+    last, psf = min(_finest_scale(gray), first), point(3)
+    weights = [
+        sparse / SPARSE_DIVISOR ** (ROUGH[0] * i) for i in range(1 + first - last)
+    ]
     rounds = [(first - i, weight, ROUGH) for i, weight in enumerate(weights)]
-    for scale, weight, (alternations, *cuts) in [*rounds, (last, sparse / AGAIN, FINE)]:
+    rounds.append((last, sparse / FINE_DIVISOR, FINE))
+    for scale, weight, (alternations, *cuts) in rounds:
         factor = 2 ** (-scale / 2)
-        blurred = _resized(gray, [round(length * factor) for length in gray.shape])
+        blurred = _resize(gray, [round(length * factor) for length in gray.shape])
         side = min(max(3, math.ceil(size * factor) // 2 * 2 + 1), size)
-        psf = _normal(_resized(psf, (side, side)), *cuts)
-        periodic, inside = _periodic(blurred, side)
+        psf = _normalise(_resize(psf, (side, side)), *cuts)
+        periodic, inside = _make_periodic(blurred, side)
         for i in range(alternations):
-            latent = _sharpened(periodic, psf, max(weight / LESS**i, LEAST))
-            if np.ptp(latent) > 0:  # else nothing of it is strong enough to tell
-                psf = _normal(_fit(latent, periodic, inside, side), *cuts)
-    if psf[side // 2, side // 2] > POINT:
+            latent = _estimate_latent(
+                periodic, psf, max(weight / SPARSE_DIVISOR**i, MIN_SPARSE)
+            )
+            if np.ptp(latent) > 0:  # else no edge is strong enough
+                psf = _normalise(_fit_psf(latent, periodic, inside, side), *cuts)
+    if psf[side // 2, side // 2] > MAX_CENTRE:
         return point(size)
     shrunk = np.divide(blurred.shape, gray.shape)
     start = side // 2 - shrunk * (size // 2)
     psf = scipy.ndimage.affine_transform(psf, shrunk, start, (size, size), order=1)
-    return _normal(psf, *FINE[1:])
+    return _normalise(psf, *FINE[1:])
 
 
-def _finest(gray):
-    """Return the last scale at which a picture (H, W) shows detail in some direction."""
+def _finest_scale(gray):
+    """Return the finest scale at which a picture (H, W) shows detail in some direction.
+
+    Scale s halves the picture s / 2 times.
+    """
     window = np.outer(*map(np.hanning, gray.shape))
     power = np.abs(scipy.fft.fft2((gray - gray.mean()) * window)) ** 2
     down, right = np.meshgrid(*map(scipy.fft.fftfreq, gray.shape), indexing="ij")
@@ -75,38 +90,43 @@ def _finest(gray):
 
 
 def doubt(psf, second):
-    """Say what to think of an estimated PSF (h, w); another weight hardly changes a sure one."""
+    """Return a sentence on how far to trust an estimated PSF.
+
+    Args:
+        psf: the estimate, (h, w).
+        second: another one, made with the weight SECOND; a sure PSF hardly depends on it.
+    """
     if psf.max() == 1:
         return "hardly any blur is found; nothing is deblurred"
-    if psf.sum() - psf[1:-1, 1:-1].sum() > EDGE:
+    if psf.sum() - psf[1:-1, 1:-1].sum() > MAX_EDGE:
         return "the PSF fills its array; a larger --kernel_size may be better"
     size = [2 * n for n in psf.shape]
     both = scipy.fft.rfft2(psf, size) * scipy.fft.rfft2(second, size).conj()
     alike = scipy.fft.irfft2(both, size).max()
-    if alike < ALIKE * np.sqrt((psf**2).sum() * (second**2).sum()):
+    if alike < MIN_CORRELATION * np.sqrt((psf**2).sum() * (second**2).sum()):
         return "the PSF is uncertain: two estimates differ; kernel.png shows one"
     return "the PSF is estimated; kernel.png shows it"
 
 
-def _part(gray):
-    """Return the part of a picture (H, W), SIDE pixels a side, that has the most edges."""
+def _sharpest_part(gray):
+    """Return the part of a picture (H, W) with the strongest edges, PATCH_SIDE pixels a side."""
     edges = scipy.ndimage.gaussian_gradient_magnitude(gray, 2)
-    h, w = np.minimum(gray.shape, SIDE)
+    h, w = np.minimum(gray.shape, PATCH_SIDE)
     sums = scipy.ndimage.uniform_filter(edges, (h, w), origin=(-(h // 2), -(w // 2)))
     sums = sums[: len(gray) - h + 1, : gray.shape[1] - w + 1]
     top, left = np.unravel_index(sums.argmax(), sums.shape)
-    return gray[top : top + SIDE, left : left + SIDE]
+    return gray[top : top + PATCH_SIDE, left : left + PATCH_SIDE]
 
 
 def point(side):
-    """Return the PSF (side, side) of no blur."""
+    """Return the PSF without a blur, (side, side)."""
     psf = np.zeros((side, side))
     psf[side // 2, side // 2] = 1
     return psf
 
 
-def _resized(x, size):
-    """Bring an image (H, W) to another size."""
+def _resize(x, size):
+    """Resize an image (H, W) to size = (H', W')."""
     import torch  # late: see network/__init__.py
 
     x = torch.from_numpy(np.float64(x))[None, None]
@@ -116,10 +136,15 @@ def _resized(x, size):
     return made[0, 0].numpy()
 
 
-def _periodic(blurred, margin):
-    """Continue a picture (H, W) so that it is periodic: a ramp from edge to edge.
+def _make_periodic(blurred, margin):
+    """Extend a picture (H, W) to a periodic one, with ramps from edge to opposite edge.
 
-    Returns it, and 1 where its gradients are the picture's, else 0.
+    Args:
+        margin: pixels added on each side, at least.
+
+    Returns:
+        The periodic picture (H', W'), and a mask (H', W'): 1 where its gradients are those
+        of the picture, else 0.
     """
     size = [scipy.fft.next_fast_len(n + 2 * margin, True) for n in blurred.shape]
     padded = blurred
@@ -134,22 +159,27 @@ def _periodic(blurred, margin):
 
 
 def _place(psf, size):
-    """Put a PSF into a larger array, periodic, its middle at the first entry."""
+    """Put a PSF into a larger periodic array of a size, with its centre at entry (0, 0)."""
     h, w = psf.shape
     padded = np.pad(psf, ((0, size[0] - h), (0, size[1] - w)))
     return np.roll(padded, (-(h // 2), -(w // 2)), (0, 1))
 
 
 def _gradients(x):
-    """Return the periodic differences of x (H, W) downwards and to the right."""
+    """Return the periodic differences of x (H, W), down and to the right: (2, H, W)."""
     return np.stack([np.roll(x, -1, axis) - x for axis in (0, 1)])
 
 
-def _sharpened(blurred, psf, sparse):
-    """Return the latent picture: of few gradients, and blurred it is the blurred one.
+def _estimate_latent(blurred, psf, sparse):
+    """Estimate a picture with few gradients that, blurred by a PSF, gives the blurred one.
 
-    By half-quadratic splitting: gradients whose squares are below sparse / b are 0, the
-    picture has nearly those, and b is doubled. In float32, for speed.
+    Half-quadratic splitting: set gradients whose square is below sparse / b to 0, find the
+    picture with about these gradients, double b, repeat. In float32, for speed.
+
+    Args:
+        blurred: (H, W), periodic.
+        psf: (h, w).
+        sparse: weight of the number of gradients.
     """
     size, blurred = blurred.shape, np.float32(blurred)
     transfer = np.complex64(scipy.fft.rfft2(_place(psf, size)))
@@ -167,11 +197,15 @@ def _sharpened(blurred, psf, sparse):
     return latent
 
 
-def _fit(latent, blurred, inside, side):
-    """Return the PSF (side, side), not below 0, that brings gradients to the blurred ones.
+def _fit_psf(latent, blurred, inside, side):
+    """Fit the PSF (side, side) that turns latent gradients into blurred ones.
 
-    Least squares with a ridge, by FISTA; what it multiplies by is the gradients'
-    autocorrelation.
+    Non-negative least squares with a ridge, by FISTA. The matrix of the normal equations is
+    the autocorrelation of the gradients, applied by FFT.
+
+    Args:
+        latent, blurred: pictures (H, W), periodic.
+        inside: 1 where gradients count, else 0, (H, W).
     """
     made, seen = inside * _gradients(latent), inside * _gradients(blurred)
     spectrum = scipy.fft.rfft2(made)
@@ -186,7 +220,7 @@ def _fit(latent, blurred, inside, side):
     step = 1 / (np.abs(shared).max() + ridge)
     psf = ahead = np.full((side, side), 1 / side**2)
     t = 1.0
-    for _ in range(STEPS):
+    for _ in range(FISTA_STEPS):
         product = scipy.fft.irfft2(shared * scipy.fft.rfft2(ahead, size), size)
         slope = product[:side, :side] + ridge * ahead - wanted
         before, psf = psf, np.maximum(ahead - step * slope, 0)
@@ -195,10 +229,13 @@ def _fit(latent, blurred, inside, side):
     return psf
 
 
-def _normal(psf, smallest, island):
-    """Cut a PSF; centre it, and make its sum 1.
+def _normalise(psf, smallest, island):
+    """Cut away a PSF's weak parts, centre it, and scale it to the sum 1.
 
-    What is cut is below a share of its maximum, or is a part with less of its sum.
+    Args:
+        psf: (side, side).
+        smallest: entries below this share of the maximum become 0.
+        island: so do connected parts with less than this share of the sum.
     """
     psf = np.where(psf < smallest * psf.max(), 0, psf)
     labels, count = scipy.ndimage.label(psf, np.ones((3, 3)))

@@ -12,11 +12,11 @@ from network.blur import check_operator
 from network.checks import check_observation
 from network.cpu import keep_memory, tune_cpu
 from network.ensemble import Ensemble, Restoration
+from network.fast_punet import FastPunet
 from network.fusing import fuse
 from network.fusing.noisy import opponent
 from network.masks import BernoulliMasks, flip
 from network.muon import make_optimizers, moments
-from network.punet import Punet, initialise_like_tensorflow, inverse_bent_sigmoid
 from network.scale import UNIT
 from network.windows import Window, tiles
 
@@ -64,6 +64,14 @@ class Self2Self:
         device: where to compute.
         clipped: True where y is at its sensor's white, (C, H, W), bool: there A(x) is y or
             more. None: nowhere.
+        network: function that takes C and returns a new module, called as
+            module(x, mask, draw): see Punet.forward. Every restart calls it again. What
+            the recipe says about layers and initial weights does not reach the module; a
+            method `start_at` and an attribute `bend` are used if it has them, as Punet
+            does. None: the recipe's Punet.
+        loss: what a step minimises, a function as dropped_loss.
+        capture: whether steps on CUDA run as one graph. Without it every line of a step
+            runs in Python, so prints and breakpoints work.
 
     Raises:
         ValueError: y, known or the operator is none of these; a sentence says why.
@@ -84,6 +92,9 @@ class Self2Self:
         seed=0,
         device="cpu",
         clipped=None,
+        network=None,
+        loss=dropped_loss,
+        capture=True,
     ):
         tune_cpu()
         y, known = check_observation(y, known)
@@ -99,16 +110,19 @@ class Self2Self:
         scale = recipe.scale if recipe.absolute else UNIT
         self.black, self.unit = -scale.offset / scale.span, scale.span  # of photons
         check_operator(forward_operator, self.y)
-        self.health = health.Health(self.y, self.known, recipe.bend)
+        self.make_network, self.loss = network or self._punet, loss
+        self.captures = capture and self.device.type == "cuda"
         self.masks = BernoulliMasks(self.device, seed, 0)
         reach = getattr(forward_operator, "reach", 0)
         self.window = Window(y.shape[1:], recipe.window, reach, self.device)
         self.network = self._new_network(0, recipe.start).to(
             self.device, memory_format=torch.channels_last
         )
+        bend = getattr(self.network, "bend", None)
+        self.health = health.Health(self.y, self.known, bend)
         self.rate = torch.tensor(
             recipe.lr, device=self.device
-        )  # a captured step reads it
+        )  # read by captured steps
         kind = recipe.optimizer, recipe.beta2
         self.optimizers = make_optimizers(self.network, *kind, self.rate)
         self.ensemble = None  # of the training's own predictions
@@ -116,39 +130,42 @@ class Self2Self:
             self.ensemble = Ensemble(self.y[0], opponent(self.y[0]))
         # A captured step reads the weight of its predictions, adds its loss and leaves it.
         values = torch.zeros(3, device=self.device)
-        self.prediction_weight, self.loss_sum, self.loss = values
-        self.recent = self.loss.new_zeros(health.CHECK_EVERY // self.LOSS_EVERY)
+        self.prediction_weight, self.loss_sum, self.last_loss = values
+        self.recent = self.last_loss.new_zeros(health.CHECK_EVERY // self.LOSS_EVERY)
         self.step = self.loss_steps = self.attempt = 0
         self.lr, self.notes, self.losses, self.graph = recipe.lr, [], [], None
 
+    def _punet(self, channels):
+        """Return the network that the recipe asks for."""
+        recipe = self.recipe
+        network = FastPunet(
+            channels,
+            recipe.drop_rate,
+            recipe.ratio,
+            recipe.drop_upsampled,
+            recipe.bend,
+            recipe.width,
+        )
+        if recipe.initialisation == "tensorflow":
+            network.initialise_like_tensorflow()
+        return network
+
     def _new_network(self, attempt, start):
         """Return a network's first weights, on the CPU: the same for every device."""
-        recipe, channels = self.recipe, self.y.shape[1]
         with torch.random.fork_rng(devices=()), torch.no_grad():
             torch.manual_seed(self.seed + ATTEMPT_SEED * attempt)
-            settings = (
-                recipe.drop_rate,
-                recipe.ratio,
-                recipe.drop_upsampled,
-                recipe.bend,
-                recipe.width,
-            )
-            network = Punet(channels, *settings)
-            if recipe.initialisation == "tensorflow":
-                initialise_like_tensorflow(network)
-            if start == "mean":
+            network = self.make_network(self.y.shape[1])
+            if start == "mean" and hasattr(network, "start_at"):
                 sums = (self.known * self.y).sum((0, 2, 3))
                 counts = self.known.expand_as(self.y).sum((0, 2, 3)).clamp(min=1)
-                mean = (sums / counts).clamp(0.02, 0.98).cpu()
-                bias = inverse_bent_sigmoid(mean, recipe.bend)
-                network.decoder[-1][-1].bias.copy_(bias)
+                network.start_at((sums / counts).cpu())
         return network
 
     def _tensors(self):
         """List every tensor that a training step changes."""
         sums = self.ensemble.tensors() if self.ensemble else ()
-        learnt = (*self.network.parameters(), *moments(self.optimizers))
-        return [*learnt, self.loss, self.loss_sum, *self.health.tensors(), *sums]
+        learnt = *self.network.state_dict().values(), *moments(self.optimizers)
+        return [*learnt, self.last_loss, self.loss_sum, *self.health.tensors(), *sums]
 
     def state_dict(self):
         """All that the coming steps depend on: numbers, and tensors that steps change."""
@@ -184,7 +201,7 @@ class Self2Self:
         if self.ensemble:
             self.prediction_weight.fill_(self._weight_of(self.step + 1))
         self.window.move(self.seed, self.attempt, self.step)
-        if self.device.type == "cuda":
+        if self.captures:
             if self.graph is None:
                 self._capture()
             self.graph.replay()
@@ -193,7 +210,9 @@ class Self2Self:
         self.step += 1
         self.loss_steps += 1
         if self.step % self.LOSS_EVERY == 0:
-            self.recent[self.step // self.LOSS_EVERY - len(self.losses) - 1] = self.loss
+            self.recent[self.step // self.LOSS_EVERY - len(self.losses) - 1] = (
+                self.last_loss
+            )
         if self.step % health.CHECK_EVERY == 0 or self.step == recipe.iteration:
             self.read_losses()
             if not self.alive():
@@ -357,19 +376,29 @@ class Self2Self:
         flips = masks((n, 2, 1, 1), 0.5)
         mask = masks(y.shape, self.recipe.drop_rate).float() * known
         seen = flip(mask, flips)
-        x = (flip(y, flips) * seen).to(getattr(torch, self.recipe.precision))
+        x = flip(y, flips) * seen
+        if isinstance(self.network, FastPunet):
+            x = x.to(getattr(torch, self.recipe.precision))
         prediction = self.network(x, seen, masks)
         return flip(prediction, flips), mask
+
+    def draw_photons(self, y):
+        """Draw an observation (N, C, H, W) anew, as photon counts: Poisson(n y) / n.
+
+        It breaks up noise that neighbours share, as TensorFlow's mode for real noise does.
+        Where y is below black, the counts are of the distance to it. Without `photons` in
+        the recipe y comes back as it is.
+        """
+        if not self.recipe.photons:
+            return y
+        black, n = self.black, self.recipe.photons * self.unit
+        counts = self.masks.poisson(n * (y - black).abs())
+        return black + (y - black).sign() * counts / n
 
     def _train(self):
         recipe, window = self.recipe, self.window.place()
         y, known = (x[:, :, *window] for x in (self.y, self.known))
-        seen = y.expand(recipe.bs, -1, -1, -1)
-        if recipe.photons:
-            # Below black the counts are of what lies below.
-            black, n = self.black, recipe.photons * self.unit
-            counts = self.masks.poisson(n * (seen - black).abs())
-            seen = black + (seen - black).sign() * counts / n
+        seen = self.draw_photons(y.expand(recipe.bs, -1, -1, -1))
         prediction, mask = self._sample(self.masks, seen, known, recipe.bs)
         judged = (known - mask if recipe.drop_rate else known) * self.window.inner
         judged = judged.expand_as(prediction)
@@ -377,14 +406,14 @@ class Self2Self:
         if self.clipped is not None:
             clipped = self.clipped[:, :, *window]
             y = y.where(~clipped, torch.maximum(y, degraded.detach()))
-        loss = dropped_loss(degraded, y, judged)
+        loss = self.loss(degraded, y, judged)
         self.network.zero_grad()
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
         loss, prediction = loss.detach(), prediction.detach()
         self.loss_sum += loss
-        self.loss.copy_(loss)
+        self.last_loss.copy_(loss)
         self.health.watch(loss, prediction)
         if self.ensemble:
             self.ensemble.add(prediction, self.prediction_weight, window)

@@ -1,13 +1,13 @@
-"""Punet.forward on CUDA: all that lies between two convolutions in one Triton kernel.
+"""Punet.forward on CUDA: one Triton kernel does everything between two convolutions.
 
-A feature map x is kept as a convolution left it, together with the bias and the ratio
-that are still to be applied, and activated by the kernel that reads it next:
+A feature map x is stored as the convolution left it. The bias and the ratio are stored beside
+it, and the kernel that reads the map next applies them and the activation:
 
-    leaky_relu(x * ratio + bias, 0.1)        (x itself where there is no bias)
+    leaky_relu(x * ratio + bias, 0.1)        (x itself if there is no bias)
 
-Maps (N, C, H, W) are channels_last, C a multiple of 4: x[n, c, h, w] lies at
-((n * H + h) * W + w) * C + c. Ratios are (N, 1, H, W). A program works on BLOCK_W pixels
-of a row and BLOCK_C channels. Nothing is added atomically: equal inputs, equal bits.
+Maps (N, C, H, W) are channels_last with C a multiple of 4: x[n, c, h, w] lies at
+((n * H + h) * W + w) * C + c. Ratios are (N, 1, H, W). Each program works on BLOCK_W pixels
+of a row and BLOCK_C channels. There are no atomic additions: equal inputs give equal bits.
 """
 
 import functools
@@ -18,13 +18,15 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from network.pconv import PConv2d
+from network.punet import bent_sigmoid
 
 BLOCK_W, BLOCK_C = 64, 32
-# In maps of so many pixels the convolutions read zero channels up to a multiple of
-# ALIGN: cuDNN's kernels for 48, 97, 144 ... channels take up to half as long again.
+# Maps with LARGE pixels or more get zero channels up to a multiple of ALIGN. cuDNN takes up to
+# half as long again for 48, 97, 144 ... channels.
 LARGE, ALIGN = 2**14, 64
 
-# One compilation for all sizes; that channels are vectors of 4 is said by `// 4 * 4`.
+# One compilation serves all sizes. `// 4 * 4` tells the compiler that channels are multiples
+# of 4.
 _jit = triton.jit(
     do_not_specialize=[
         *("height", "width", "up", "pool", "pixels", "weight", "numerator"),
@@ -35,7 +37,7 @@ _jit = triton.jit(
 
 @triton.jit
 def _tile(height, width, channels, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's image, row, columns (BLOCK_W, 1), channels (1, BLOCK_C), tile."""
+    """Return a program's image, row, columns (BLOCK_W, 1), channels (1, BLOCK_C), tile."""
     chunks, tiles = tl.cdiv(channels, BLOCK_C), tl.cdiv(width, BLOCK_W)
     tile = tl.program_id(0) // chunks
     row = (tile // tiles).to(tl.int64)
@@ -46,7 +48,7 @@ def _tile(height, width, channels, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr)
 
 @triton.jit
 def _read(x, bias, ratio, start, w, c, channels, valid):
-    """x * ratio + bias in the columns w of the row whose first pixel is `start`."""
+    """Return x * ratio + bias in the columns w of the row that starts at pixel `start`."""
     z = tl.load(x + start * channels + (w * channels + c), valid & (c < channels), 0.0)
     z = z.to(tl.float32)
     if bias is not None:
@@ -60,7 +62,7 @@ def _pad_forward(
     out, x, bias, ratio, skip, keep, scale, x_c, skip_c, out_c, keep_c, keep_s, height,
     width, up, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program makes a tile of `out`, (N, out_c, height + 2, width + 2)."""
+    """Write one tile of `out`, (N, out_c, height + 2, width + 2)."""
     x_c, skip_c, out_c = x_c // 4 * 4, skip_c // 4 * 4, out_c // 4 * 4
     n, i, j, c, _ = _tile(height + 2, width + 2, out_c, BLOCK_W, BLOCK_C)
     valid = (j < width + 2) & (c < out_c)
@@ -84,10 +86,10 @@ def _pad_backward(
     grad_x, sums, grad, x, bias, ratio, keep, scale, first_c, x_c, out_c, keep_c, keep_s,
     height, width, up, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program makes a tile of one source's gradient: its x_c channels, from first_c.
+    """Write one tile of a source's gradient: x_c channels of the padded map, from first_c.
 
-    A pixel (h, w) of the source gathers from the rows top..bottom and the columns
-    left..right of the padded map: its copies, one or 2 x 2, and theirs in the border.
+    The source's pixel (h, w) has one or 2 x 2 copies in the padded map, and more in its
+    border. It adds up the gradients in the rows top..bottom and the columns left..right.
     """
     x_c, out_c, first_c = x_c // 4 * 4, out_c // 4 * 4, first_c // 4 * 4
     source_h, source_w = (height + up) >> up, (width + up) >> up
@@ -124,10 +126,10 @@ def _pad_backward(
 
 @triton.jit
 def _window(x, bias, ratio, n, i, j, c, channels, height, width):
-    """The four values x * ratio + bias of a 2 x 2 window; -inf outside the map."""
+    """Return the four values x * ratio + bias of a 2 x 2 window; -inf outside the map."""
     top = (n * height + 2 * i) * width
     right = 2 * j + 1 < width
-    low = 2 * i + 1 + 0 * j < height  # a block: the interpreter wants no scalar in `&`
+    low = 2 * i + 1 + 0 * j < height  # a block: the interpreter refuses a scalar in `&`
     p = _read(x, bias, ratio, top, 2 * j, c, channels, 2 * j < width)
     q = _read(x, bias, ratio, top, 2 * j + 1, c, channels, right)
     r = _read(x, bias, ratio, top + width, 2 * j, c, channels, (2 * j < width) & low)
@@ -142,7 +144,7 @@ def _pool_forward(
     out, x, bias, ratio, channels, height, width,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program makes a tile of `out`. Activation keeps the order: it comes last."""
+    """Write one tile of `out`. The activation keeps the order of values, so it comes last."""
     channels = channels // 4 * 4
     out_h, out_w = tl.cdiv(height, 2), tl.cdiv(width, 2)
     n, i, j, c, _ = _tile(out_h, out_w, channels, BLOCK_W, BLOCK_C)
@@ -158,7 +160,7 @@ def _pool_backward(
     grad_x, sums, grad, x, bias, ratio, channels, height, width,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient goes to the first of a window's greatest values, as in PyTorch."""
+    """Pass the gradient to the first of a window's greatest values, as PyTorch does."""
     channels = channels // 4 * 4
     out_h, out_w = tl.cdiv(height, 2), tl.cdiv(width, 2)
     n, i, j, c, tile = _tile(out_h, out_w, channels, BLOCK_W, BLOCK_C)
@@ -185,7 +187,7 @@ def _mask_forward(
     ratio, updated, mask, weight, numerator, channels, height, width, pool, pixels,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """PConv2d's ratio, and its updated mask after pool x pool max-pooling."""
+    """Write PConv2d's ratio, and its updated mask after pool x pool max-pooling."""
     out_h, out_w = tl.cdiv(height, pool), tl.cdiv(width, pool)
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n, i, j = p // (out_h * out_w), p // out_w % out_h, p % out_w
@@ -210,18 +212,18 @@ def _mask_forward(
 
 
 def _empty(x, channels, height, width):
-    """A channels_last map beside x, not yet written."""
+    """Return an empty channels_last map with the N, type and device of x."""
     shape, layout = (x.shape[0], channels, height, width), torch.channels_last
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _tiles(tiled):
-    """The number of tiles of a map's N * H rows."""
+    """Return the number of tiles that cover a map's N * H rows."""
     return tiled.shape[0] * tiled.shape[2] * triton.cdiv(tiled.shape[3], BLOCK_W)
 
 
 def _launch(kernel, tiled, *args):
-    """Run a program for every tile and channel block of the map `tiled`."""
+    """Run a kernel, one program for every tile and channel block of the map `tiled`."""
     grid = (_tiles(tiled) * triton.cdiv(tiled.shape[1], BLOCK_C),)
     with torch.cuda.device_of(tiled):
         kernel[grid](*args, BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C)
@@ -229,30 +231,38 @@ def _launch(kernel, tiled, *args):
 
 @functools.cache
 def _second_stream(device):
-    """A stream beside the current one; None on a CPU, where kernels are interpreted."""
+    """Return a stream beside the current one; None on a CPU, where kernels are interpreted."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def _conv2d_gradient(grad, x, weight, which):
-    """F.conv2d's gradient with respect to x (0) or to the weight (1)."""
+    """Return the gradient of F.conv2d with respect to x (which = 0) or the weight (1)."""
     settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [which == 0, which == 1, False]
     backward = torch.ops.aten.convolution_backward(grad, x, weight, None, *settings)
     return backward[which].contiguous(memory_format=torch.channels_last)
 
 
 class Layer(torch.autograd.Function):
-    """A convolution, and all that lies between it and the one before.
+    """A convolution and everything between it and the convolution before.
 
-    F.conv2d(F.pad(cat((up(activated x), skip), 1) * keep * scale, (1, 1, 1, 1),
-    "replicate"), weight); up(), nearest x2 cropped to the skip's size, only where there
-    is a skip.
+    Equals F.conv2d(F.pad(cat((up(activated x), skip), 1) * keep * scale, (1, 1, 1, 1),
+    "replicate"), weight). With a skip, up() is nearest x2 upsampling cropped to the size
+    of the skip; without one it is the identity.
     """
 
     @staticmethod
     def forward(ctx, x, bias, ratio, skip, keep, scale, weight):
-        """x (N, C, h, w); skip (N, C', H, W) or None; bias (C,) and ratio, or None; keep
-        (N, at most C + C', H, W) or, for all channels, (N, 1, H, W), bool; weight
-        (K, at most C + C', 3, 3)."""
+        """Convolve.
+
+        Args:
+            x: (N, C, h, w).
+            bias, ratio: of x, (C,) and (N, 1, h, w), or None and None: x is activated.
+            skip: (N, C', H, W), or None.
+            keep: 1 = kept, bool, (N, at most C + C', H, W), or (N, 1, H, W) for all
+                channels. The channels that keep and weight lack are zero padding.
+            scale: factor of the kept entries.
+            weight: (K, at most C + C', 3, 3).
+        """
         n, keep_c, height, width = keep.shape
         skip_c = 0 if skip is None else skip.shape[1]
         channels = x.shape[1] + skip_c
@@ -272,7 +282,7 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """grad (N, K, H, W). The weight's gradient is made on a second stream."""
+        """Return the gradients; grad is (N, K, H, W). The weight's is made on a second stream."""
         x, bias, ratio, keep, padded, weight = ctx.saved_tensors
         grad_x = grad_bias = grad_skip = sums = None
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -303,11 +313,11 @@ class Layer(torch.autograd.Function):
 
 
 class Pool(torch.autograd.Function):
-    """Activate and max-pool: (N, C, H, W) to half of H and W, rounded up."""
+    """Activate and max-pool 2x2: (N, C, H, W) to half of H and W, rounded up."""
 
     @staticmethod
     def forward(ctx, x, bias, ratio):
-        """x (N, C, H, W); bias (C,)."""
+        """Pool x (N, C, H, W) with its bias (C,) and ratio (N, 1, H, W)."""
         ctx.save_for_backward(x, bias, ratio)
         _, channels, height, width = x.shape
         out = _empty(x, channels, -(-height // 2), -(-width // 2))
@@ -316,7 +326,7 @@ class Pool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """grad (N, C, ceil(H / 2), ceil(W / 2))."""
+        """Return the gradients; grad is (N, C, ceil(H / 2), ceil(W / 2))."""
         x, bias, ratio = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x = torch.empty_like(x)
@@ -327,9 +337,12 @@ class Pool(torch.autograd.Function):
 
 
 def window_ratio(mask, layer, pool):
-    """The PConv2d's ratio (N, 1, H, W), and its updated mask, max-pooled pool x pool.
+    """Return a PConv2d's ratio (N, 1, H, W), and its updated mask, max-pooled pool x pool.
 
-    The mask (N, C, H, W), bool, is padded with ones; the layer's channels / C share one.
+    Args:
+        mask: (N, C, H, W), bool; it is padded with ones.
+        layer: a PConv2d; C divides its number of channels, and each C share a mask.
+        pool: 1 or 2.
     """
     n, channels, height, width = mask.shape
     ratio = torch.empty((n, 1, height, width), device=mask.device)
@@ -342,8 +355,8 @@ def window_ratio(mask, layer, pool):
     return ratio, updated
 
 
-def _first(x, mask, weight):
-    """The masked image's conv2d, (N, K, H, W), as a product: cuDNN is slow here."""
+def _convolve_image(x, mask, weight):
+    """Convolve the masked image, (N, K, H, W), as a matrix product: cuDNN is slow here."""
     n, _, height, width = x.shape
     mask = mask.to(x.dtype)
     x = F.pad(x, (1, 1, 1, 1), mode="replicate") * F.pad(mask, (1, 1, 1, 1), value=1.0)
@@ -353,13 +366,16 @@ def _first(x, mask, weight):
 
 
 def forward(network, x, mask, draw):
-    """Punet.forward up to the last sigmoid: the same arguments, the same map."""
+    """Compute what Punet.forward computes, with the same draws in the same order.
+
+    x is float32 or bfloat16, the type of the feature maps.
+    """
     n, channels, height, width = x.shape
     rate = network.drop_rate
     image = F.pad(x, (0, 0, 0, 0, 0, -channels % 4))
     skips = [image.contiguous(memory_format=torch.channels_last)]
-    ones = mask.new_ones(n, 1, height, width)  # the decoder's ratio
-    x = _first(x, mask, network.encoder[0].weight.to(x.dtype))
+    ones = mask.new_ones(n, 1, height, width)  # ratio of the decoder's layers
+    x = _convolve_image(x, mask, network.encoder[0].weight.to(x.dtype))
     mask, bias, ratio = mask.bool(), None, None
     for i, layer in enumerate(network.encoder):
         if i > 0:
@@ -385,20 +401,21 @@ def forward(network, x, mask, draw):
                 keep = keep.contiguous(memory_format=torch.channels_last)
             x = Layer.apply(x, bias, ratio, skip, keep, 1 / (1 - rate), weight)
             bias, ratio, skip = conv.bias, ones, None
-    return x + bias.view(-1, 1, 1)
+    return bent_sigmoid(x + bias.view(-1, 1, 1), network.bend)
 
 
 def usable(x):
-    """Whether the forward pass of x runs here: on CUDA, with a Triton that works."""
-    known = x.dtype in (torch.float32, torch.bfloat16)
-    return x.is_cuda and known and _builds(x.device)
+    """Tell whether `forward` can run for x: on CUDA, with a Triton that works."""
+    supported = x.dtype in (torch.float32, torch.bfloat16)
+    return x.is_cuda and supported and _compiles(x.device)
 
 
 @functools.cache
-def _builds(device):
+def _compiles(device):
+    """Tell whether Triton compiles a kernel on a device."""
     mask = torch.ones((1, 1, 4, 4), dtype=torch.bool, device=device)
     try:
         window_ratio(mask, PConv2d(1, 1, 3), 1)
-    except Exception:  # noqa: BLE001 - no C compiler, say: PyTorch's own kernels run
+    except Exception:  # noqa: BLE001 - there may be no C compiler
         return False
     return True

@@ -1,26 +1,27 @@
-"""Parts of a picture: windows that a step is trained on, tiles that it is predicted by."""
+"""Parts of a picture: windows for training steps, tiles for predictions."""
 
 import numpy as np
 import torch
 
-GRID = 32  # pixels: five poolings; tiles that lie on it pool as the whole picture does
-TILE = 768  # side of a tile, pixels: bounds the memory that a prediction takes
-# What a tile sees around what it is used for: beyond it hardly anything counts.
-MARGIN = 128
+GRID = 32  # pixels; tiles on it are pooled five times just as the whole picture is
+TILE_SIDE = 768  # pixels; bounds the memory of a prediction
+# Pixels that a tile sees around the part that is used; what lies farther off hardly counts.
+TILE_MARGIN = 128
 
 
 class Window:
-    """The part of a picture that a step is trained on; a captured step reads its place.
+    """The part of a picture that a step trains on. A captured step reads its place.
 
-    Under an operator that looks around it is larger than asked for by as much, may reach
-    over the picture's edge to the opposite side, and what lies within the operator's
-    reach of the window's edge is not judged.
+    Under a blur the window grows by the operator's reach on each side. It may then cross
+    the edge of the picture and continue at the opposite one. Entries within the reach of
+    the window's edge are not judged.
 
     Args:
-        whole: the picture's height and width.
-        side: of the window, in pixels, rounded up to 32s; 0: the whole picture.
+        whole: height and width of the picture.
+        side: side of the window in pixels, rounded up to a multiple of 32. 0: the whole
+            picture.
         reach: pixels that the forward operator looks around an entry.
-        device: of its tensors.
+        device: device of the window's tensors.
     """
 
     def __init__(self, whole, side, reach, device):
@@ -36,10 +37,10 @@ class Window:
                     self.inner.transpose(2, axis)[:, :, part] = 0
 
     def move(self, *entropy):
-        """Go to a place that `entropy`, such as (seed, step), names."""
+        """Move to the place that `entropy`, such as (seed, step), selects."""
         if not self.is_whole:
-            found = window_corner(self.whole, self.size, self.reach > 0, *entropy)
-            for scalar, first in zip(self.corner, found):
+            corner = choose_corner(self.whole, self.size, self.reach > 0, *entropy)
+            for scalar, first in zip(self.corner, corner):
                 scalar.fill_(first)
 
     def place(self):
@@ -51,14 +52,14 @@ class Window:
         return rows[:, None], columns
 
 
-def window_corner(shape, window, periodic, *entropy):
-    """Choose a window's first row and column; every pixel is about as likely to lie in it.
+def choose_corner(shape, window, periodic, *entropy):
+    """Choose the first row and column of a window so that it covers all pixels about alike.
 
     Args:
-        shape: the picture's height and width.
-        window: the window's.
-        periodic: whether it may reach over the picture's edge to the opposite side.
-        entropy: natural numbers that name the choice, such as (seed, step).
+        shape: height and width of the picture.
+        window: height and width of the window.
+        periodic: whether the window may cross the picture's edge to the opposite side.
+        entropy: natural numbers that select the place, such as (seed, step).
     """
     draws = np.random.default_rng(entropy).random(2)
     corner = []
@@ -67,7 +68,7 @@ def window_corner(shape, window, periodic, *entropy):
             first = 0
         elif periodic:
             first = int(draw * size)
-        else:  # centres anywhere; a window that would leave the picture is moved back
+        else:  # the centre is anywhere; a window that leaves the picture is moved back
             first = int(np.clip(round(draw * size - side / 2), 0, size - side))
         corner.append(first)
     return corner
@@ -77,17 +78,20 @@ def tiles(size):
     """Cover an axis of `size` pixels with tiles.
 
     Returns:
-        For each tile its first pixel, the one after its last, and its pixels' weights
-        (length,): they rise and fall over half a margin, far enough from the tile's ends.
+        A list with each tile's first pixel, the pixel after its last, and the weights of
+        its pixels, (length,). The weights of all tiles add up to 1 at every pixel. At an
+        end that another tile overlaps, the outer three quarters of TILE_MARGIN
+        have weight 0, and the weight rises over the next half of it.
     """
-    if size <= TILE:
+    if size <= TILE_SIDE:
         return [(0, size, torch.ones(size))]
-    step = (TILE - 2 * MARGIN) // GRID * GRID
+    ramp = TILE_MARGIN / 2
+    step = (TILE_SIDE - 2 * TILE_MARGIN) // GRID * GRID
     found = []
-    for first in range(0, size - 2 * MARGIN, step):
-        last = min(first + TILE, size)
+    for first in range(0, size - 2 * TILE_MARGIN, step):
+        last = min(first + TILE_SIDE, size)
         place = torch.arange(first, last) + 0.5
-        rise = ((place - first) / (MARGIN / 2) - 1.5).clamp(0, 1) if first else 1
-        fall = ((last - place) / (MARGIN / 2) - 1.5).clamp(0, 1) if last < size else 1
+        rise = ((place - first) / ramp - 1.5).clamp(0, 1) if first else 1
+        fall = ((last - place) / ramp - 1.5).clamp(0, 1) if last < size else 1
         found.append((first, last, rise * fall * torch.ones(len(place))))
     return found

@@ -30,7 +30,7 @@ from scripts import ROOT, SCRIPTS
 import pictures
 import results
 import utils
-from network import Self2Self, blur, punet, recipes
+from network import Self2Self, blur, fast_punet, recipes
 from network.fusing import missing, noisy
 from network.noise import white
 
@@ -84,13 +84,13 @@ def train(made, steps):
 
 def smoke():
     """A captured step of each kind, by Triton's kernels and by PyTorch's own."""
-    tritons, y = punet.triton_punet, picture(64)
+    tritons, y = fast_punet.triton_punet, picture(64)
     for name, photons in (("paper", None), ("fast", None), ("fast", 100)):
         for kernels, module in (("Triton", tritons), ("PyTorch", None)):
-            punet.triton_punet = module
+            fast_punet.triton_punet = module
             label = f"smoke: {name}, {photons} photons, {kernels}, loss"
             tried(label, lambda n=name, p=photons: train(learner(n, y, photons=p), 3))
-    punet.triton_punet = tritons
+    fast_punet.triton_punet = tritons
 
 
 def timed(name, y):

@@ -1,9 +1,9 @@
-"""Run Triton's kernels in its interpreter, on the CPU, against Punet in float64.
+"""Run the Triton kernels on the CPU, in Triton's interpreter, against Punet in float64.
 
-Called with a case's number, it prints the largest error of the prediction and of any
-gradient, each relative to its tensor's largest value, by Triton's kernels and by PyTorch's
-own in the same type: a JSON list of two pairs. A process of its own: the interpreter is chosen
-when the kernels are imported.
+Called with the number of a case, it prints a JSON list of two pairs, for the Triton kernels
+and for cpu_punet in the same type. A pair holds the largest error of the prediction and the
+largest error of any gradient, relative to the largest value of the tensor. It is a script
+because the interpreter must be chosen before the kernels are imported.
 """
 
 import json
@@ -19,8 +19,8 @@ import torch
 from tensors import random_image, seeded, sparse_mask
 from triton.runtime.interpreter import interpreter_builder
 
-from network import triton_punet
-from network.punet import Punet, bent_sigmoid
+from network import cpu_punet, triton_punet
+from network.punet import Punet
 
 FAST = 1, 0.3, "entries", False, 0.1, 0.5
 # The network, type of its maps, height and width, then of the kernels: pixels from which
@@ -30,11 +30,6 @@ CASES = [
     ((3, 0.3, "window", True), torch.float32, 33, 32, 0, 32, 128),
     (FAST, torch.bfloat16, 32, 32, 2**14, 128, 128),
 ]
-
-
-def by_triton(network, *args):
-    """Punet.forward, by Triton's kernels."""
-    return bent_sigmoid(triton_punet.forward(network, *args), network.bend)
 
 
 def run(forward, network, x, mask, target, masks):
@@ -75,7 +70,7 @@ def measure(settings, dtype, height, width, *kernels):
     network(x, mask, draw)  # for the masks' sizes
     made = [
         run(forward, network, x.to(dtype), mask, target, masks)
-        for forward in (by_triton, Punet.forward)
+        for forward in (triton_punet.forward, cpu_punet.forward)
     ]
     doubles = [t.double() for t in (x, mask, target)]
     exact = run(Punet.forward, network.double(), *doubles, masks)

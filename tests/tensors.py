@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from network.recipes import RECIPES
 from network.self2self import Self2Self
@@ -52,10 +53,33 @@ def without_pass(pilot, *_):
     yield pilot, torch.zeros_like(pilot)
 
 
+class Small(nn.Module):
+    """Another network: no sigmoid, no last bias, normalisation, a weight without use."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.first = nn.Conv2d(2 * channels, 16, 3, padding=1)
+        self.middle = nn.Conv2d(16, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.last = nn.Conv2d(16, channels, 1, bias=False)
+        self.unused = nn.Parameter(torch.ones(16, 16, 1, 1))
+        self.frozen = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x, mask, draw):
+        x = torch.relu(self.first(torch.cat((x, mask), 1)))
+        x = torch.relu(self.norm(self.middle(x))) * draw(x.shape, 0.3)
+        return self.last(x)
+
+
 def begun(y, operator=identity, known=None, seed=0, device="cpu", **to):
-    """A learner of y, in y's own units; `to` changes its recipe, `paper`."""
+    """Return a learner of y, in y's own units.
+
+    `to` changes its recipe, `paper`; `network`, `loss` and `capture` go to Self2Self.
+    """
+    outer = "network", "loss", "capture"
+    own = {name: to.pop(name) for name in outer if name in to}
     recipe = replace(RECIPES["paper"], **{"lr": 1e-3, "photons": None} | to)
-    return Self2Self(y, operator, known, recipe, seed, device)
+    return Self2Self(y, operator, known, recipe, seed, device, **own)
 
 
 def train(learner, steps):

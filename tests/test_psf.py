@@ -97,7 +97,7 @@ def test_a_sharp_picture_has_a_point():
 @pytest.mark.filterwarnings("error")
 def test_nothing_is_learnt_where_no_edge_is_strong_enough(monkeypatch):
     monkeypatch.setattr(
-        estimation, "_sharpened", lambda blurred, *_: np.zeros_like(blurred)
+        estimation, "_estimate_latent", lambda blurred, *_: np.zeros_like(blurred)
     )
     found = estimate_psf(photograph(), 15)
     assert found.sum() == pytest.approx(1)  # the point, brought from scale to scale
@@ -107,7 +107,7 @@ def test_nothing_is_learnt_where_no_edge_is_strong_enough(monkeypatch):
 
 def test_the_fit_is_that_of_a_dense_solver(monkeypatch):
     """Least squares, not below 0, of the gradients of a small periodic picture."""
-    monkeypatch.setattr(estimation, "STEPS", 4000)
+    monkeypatch.setattr(estimation, "FISTA_STEPS", 4000)
     rng = np.random.default_rng(0)
     latent, truth = rng.random((16, 16)), np.zeros((3, 3))
     truth[1], truth[0, 2] = [0.2, 0.5, 0.2], 0.1
@@ -115,7 +115,7 @@ def test_the_fit_is_that_of_a_dense_solver(monkeypatch):
         np.fft.fft2(np.roll(np.pad(truth, (0, 13)), (-1, -1), (0, 1)))
         * np.fft.fft2(latent)
     ).real + rng.normal(0, 0.05, (16, 16))
-    made = estimation._fit(latent, seen, np.ones((16, 16)), 3)
+    made = estimation._fit_psf(latent, seen, np.ones((16, 16)), 3)
     gradients = estimation._gradients(latent)
     columns = [
         np.roll(gradients, (i, j), (1, 2)).ravel()
@@ -133,11 +133,11 @@ def test_small_parts_are_cut_and_the_rest_is_centred():
     psf[1:4, 2] = 1
     psf[7, 7] = 0.2  # an island
     psf[2, 3] = 0.01
-    made = estimation._normal(psf, 0.05, 0.1)
+    made = estimation._normalise(psf, 0.05, 0.1)
     expected = np.zeros((9, 9))
     expected[3:6, 4] = 1 / 3
     np.testing.assert_allclose(made, expected)
-    empty = estimation._normal(np.zeros((5, 5)), 0.05, 0.1)
+    empty = estimation._normalise(np.zeros((5, 5)), 0.05, 0.1)
     np.testing.assert_array_equal(empty, point(5))
 
 

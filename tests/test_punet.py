@@ -1,4 +1,4 @@
-"""The network against a plain one written out here, and its parts."""
+"""The network and its fast paths against one that is written out here, and their parts."""
 
 import pytest
 import torch
@@ -10,17 +10,21 @@ from tensors import (
     seeded,
     sparse_mask,
 )
+from torch import nn
 from torch.nn import functional as F
 
-from network import punet
-from network.punet import EdgePad, Punet
+from network import cpu_punet, fast_punet, punet
+from network.cpu_punet import EdgePad
+from network.fast_punet import FastPunet, triton_punet
+from network.masks import BernoulliMasks
+from network.punet import Punet
 
 
 def test_first_weights_are_those_of_the_tensorflow_code():
     """Moments by layer; the last layer has no ReLU behind it."""
     torch.manual_seed(0)
     network = Punet(3, 0.3)
-    punet.initialise_like_tensorflow(network)
+    network.initialise_like_tensorflow()
     *middle, last = [conv for stage in network.decoder for conv in stage]
     for layers, gain in ((middle, 2), ([last], 1), (network.encoder, None)):
         for layer in layers:
@@ -90,22 +94,33 @@ def plain_punet(parameters, x, mask, dropout_masks, drop_rate):
     return x
 
 
-@pytest.mark.parametrize("make_mask", [sparse_mask, block_mask])
+CASES = [
+    # channels, drop rate, whether upsampled maps are dropped, height, width, mask
+    (1, 0.0, True, 45, 33, sparse_mask),
+    (3, 0.0, True, 32, 32, block_mask),
+    (1, 0.3, True, 79, 32, block_mask),
+    (3, 0.3, True, 45, 33, sparse_mask),
+    (1, 0.3, False, 32, 32, sparse_mask),
+    (3, 0.3, False, 45, 33, block_mask),
+]
+
+
+@pytest.mark.parametrize("forward", [Punet.forward, cpu_punet.forward])
 @pytest.mark.parametrize(
-    "drop_rate, drop_upsampled", [(0, True), (0.3, True), (0.3, False)]
+    ("channels", "drop_rate", "drop_upsampled", "height", "width", "make_mask"), CASES
 )
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [(32, 32), (45, 33), (79, 32)])
-def test_punet_is_its_plain_self(size, channels, drop_rate, drop_upsampled, make_mask):
-    shape = (2, channels, *size)
+def test_prediction_and_gradients_are_those_of_the_definition(
+    channels, drop_rate, drop_upsampled, height, width, make_mask, forward
+):
+    shape = (2, channels, height, width)
     mask = make_mask(*shape)
     x = (random_image(*shape).double() * mask).requires_grad_()
     torch.manual_seed(0)
-    width = 1.0 if drop_upsampled else 0.5
-    network = Punet(channels, drop_rate, "window", drop_upsampled, 0, width).double()
+    share = 1.0 if drop_upsampled else 0.5
+    network = Punet(channels, drop_rate, "window", drop_upsampled, 0, share).double()
     parameters = list(network.parameters())
     draw = Recorder()
-    prediction = network(x, mask, draw)
+    prediction = forward(network, x, mask, draw)
     drawn = [96, 96, 144, 96, 144, 96, 144, 96, 96 + channels, 64, 32]
     if not drop_upsampled:
         drawn[0:9:2] = [48, 48, 48, 24, channels]
@@ -122,12 +137,102 @@ def test_punet_is_its_plain_self(size, channels, drop_rate, drop_upsampled, make
         assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.fixture
+def no_agreements(monkeypatch):
+    """Forget which fast paths have been compared."""
+    monkeypatch.setattr(fast_punet, "_agreements", {})
+
+
+SETTINGS = [(1, 0.3), (3, 0.2, "entries", False, 0.1, 0.5)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_fast_path_runs_and_is_compared_once(
+    settings, no_agreements, monkeypatch, capsys
+):
+    calls, forward = [], cpu_punet.forward
+    monkeypatch.setattr(
+        cpu_punet, "forward", lambda *a: calls.append(a[1].shape) or forward(*a)
+    )
+    network = FastPunet(*settings)
+    x = random_image(1, settings[0], 32, 33)
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        for _ in range(2):
+            network(x, torch.ones_like(x), BernoulliMasks(x.device, 0))
+    sample = 1, settings[0], fast_punet.SAMPLE_SIDE, fast_punet.SAMPLE_SIDE
+    assert calls == [sample, x.shape, x.shape]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert capsys.readouterr() == ("", "")
+
+
+def edited_slope(monkeypatch):
+    monkeypatch.setattr(
+        "network.punet.F.leaky_relu", lambda x, _: F.leaky_relu_(x, 0.2)
+    )
+
+
+def edited_pooling(monkeypatch):
+    def halve(x):
+        return F.avg_pool2d(x, 2, ceil_mode=True)
+
+    monkeypatch.setattr("network.punet.halve", halve)
+
+
+def edited_gradient(monkeypatch):
+    double = punet.double
+    monkeypatch.setattr("network.punet.double", lambda x, s: double(x, s).detach())
+
+
+class MaskBlind(nn.Conv2d):
+    """A layer that the fast paths cannot run."""
+
+    def forward(self, x, mask):
+        return super().forward(x), mask[..., 1:-1, 1:-1]
+
+
+def edited_layers(monkeypatch):
+    init = Punet.__init__
+
+    def other(self, *settings):
+        init(self, *settings)
+        self.encoder[6] = MaskBlind(48, 48, 3)
+
+    monkeypatch.setattr(Punet, "__init__", other)
+
+
+@pytest.mark.parametrize(
+    "edit", [edited_slope, edited_pooling, edited_gradient, edited_layers]
+)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_an_edited_network_runs_as_edited_and_one_line_says_so(
+    settings, edit, no_agreements, monkeypatch, capsys
+):
+    edit(monkeypatch)
+    network = FastPunet(*settings)
+    x = random_image(1, settings[0], 32, 33)
+    made = [
+        forward(network, x, torch.ones_like(x), BernoulliMasks(x.device, 0))
+        for forward in (FastPunet.forward, FastPunet.forward, Punet.forward)
+    ]
+    assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[2])
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1 and "Punet was changed" in printed[0]
+
+
+def test_padding_leaves_the_gradient_that_it_is_given():
+    x = random_image(1, 3, 4, 5).requires_grad_()
+    given = torch.ones(1, 3, 6, 7)
+    EdgePad.apply(None, x, None).backward(given)
+    assert (given == 1).all()
+
+
 @needs_cuda
 def test_punet_is_the_same_on_cuda():
     shape = (2, 3, 45, 33)
     mask = block_mask(*shape)
     x = random_image(*shape).double() * mask
-    network = Punet(3, 0.3).double()
+    network = FastPunet(3, 0.3).double()
     draw = Recorder()
     on_cpu = network(x, mask, draw)
     masks = iter(draw.masks)
@@ -141,23 +246,23 @@ def test_punet_is_the_same_on_cuda():
     "settings", [(0, "window"), (0.3, "window"), (0.3, "entries", False)]
 )
 @pytest.mark.parametrize("shape", [(1, 1, 64, 64), (2, 3, 45, 33), (1, 1, 79, 32)])
-def test_triton_kernels_compute_the_same(shape, settings, monkeypatch):
+def test_triton_kernels_compute_the_same(shape, settings):
     mask = sparse_mask(*shape).float().cuda()
     x = random_image(*shape).cuda() * mask
     torch.manual_seed(0)
     network = Punet(shape[1], *settings).cuda()
     network.to(memory_format=torch.channels_last)
-    assert punet.triton_punet is not None
-    assert punet.triton_punet.usable(x)
+    assert triton_punet.usable(x)
     target = random_image(*shape, seed=1).cuda()
     results = []
-    for module in (punet.triton_punet, None):
-        monkeypatch.setattr(punet, "triton_punet", module)
+    for path in (triton_punet, cpu_punet):
         draw = Recorder()
         with torch.backends.cudnn.flags(
             enabled=True, deterministic=True, allow_tf32=False
         ):
-            output = network(x, mask, lambda *a, draw=draw: draw(*a).cuda().bool())
+            output = path.forward(
+                network, x, mask, lambda *a, draw=draw: draw(*a).cuda().bool()
+            )
             loss = ((output - target) ** 2).mean()
             grads = torch.autograd.grad(loss, list(network.parameters()))
         results.append((output, loss, *grads))
@@ -186,13 +291,13 @@ def test_dropout_is_active_in_eval_mode():
 
 def test_dropout_keeps_its_rate():
     torch.manual_seed(0)
-    keep = Punet(1, 0.3)._draw((1000, 1000), 0.3)
+    keep = Punet(1, 0.3).draw((1000, 1000), 0.3)
     assert abs(keep.double().mean() - 0.7) < 4 * (0.3 * 0.7 / keep.numel()) ** 0.5
 
 
 @pytest.mark.parametrize("keep", [None, "float", "bool"])
 @pytest.mark.parametrize("upsampled", [True, False])
-@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 3), (6, 5)])
+@pytest.mark.parametrize("size", [(1, 4), (6, 5)])
 def test_edge_pad_is_replicate_padding(size, upsampled, keep):
     height, width = size
     x = random_image(2, 3, *(-(-n // 2) for n in size) if upsampled else size)
@@ -222,7 +327,7 @@ def test_bfloat16_is_float32_but_for_rounding(channels):
     x, target = random_image(*shape) * mask, random_image(*shape, seed=1)
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        prediction = network(x.to(dtype), mask, Recorder())
+        prediction = cpu_punet.forward(network, x.to(dtype), mask, Recorder())
         assert prediction.dtype == torch.float32
         loss = ((prediction - target) ** 2).mean()
         results.append(torch.autograd.grad(loss, list(network.parameters())))

@@ -5,7 +5,16 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tensors import begun, block_mask, identity, random_image, roll, seeded, train
+from tensors import (
+    Small,
+    begun,
+    block_mask,
+    identity,
+    random_image,
+    roll,
+    seeded,
+    train,
+)
 from torch import nn
 
 from network.masks import BernoulliMasks
@@ -75,8 +84,8 @@ def test_predictions_are_flipped_back_before_the_operator(operator):
         samples = zip(x, mask, strict=True)
         return torch.stack([clean.flip(flip_of(*sample, y)) for sample in samples])
 
-    learner = begun(y, operator, bs=2)
-    learner.network = spy = Spy(clean_flipped_like_y)
+    spy = Spy(clean_flipped_like_y)
+    learner = begun(y, operator, bs=2, network=lambda _: spy)
     train(learner, 12)
     assert {flip_of(*sample, y) for sample in zip(spy.inputs, spy.masks)} == {*FLIPS}
     assert learner.mean_loss() == 0
@@ -85,8 +94,8 @@ def test_predictions_are_flipped_back_before_the_operator(operator):
 
 def test_entries_judged_are_those_not_seen():
     y = 1 + random_image(1, 32, 33)
-    learner = begun(y)
-    learner.network = spy = Spy(lambda x, mask: x)
+    spy = Spy(lambda x, mask: x)
+    learner = begun(y, network=lambda _: spy, lr=0.0)
     for _ in range(12):
         learner.train_step()
         dropped = (y**2).sum() - (spy.inputs[-1] ** 2).sum()
@@ -96,8 +105,8 @@ def test_entries_judged_are_those_not_seen():
 
 def test_batch_is_several_samples_of_one_observation():
     y = random_image(1, 32, 33)
-    learner = begun(y, bs=2)
-    learner.network = spy = Spy(lambda x, mask: x)
+    spy = Spy(lambda x, mask: x)
+    learner = begun(y, bs=2, network=lambda _: spy)
     train(learner, 1)
     a, b = (
         m.flip(flip_of(x, m, y)) for x, m in zip(spy.inputs, spy.masks, strict=True)
@@ -107,8 +116,8 @@ def test_batch_is_several_samples_of_one_observation():
 
 def test_drop_rate_zero_judges_every_entry():
     y = random_image(1, 32, 33)
-    learner = begun(y, drop_rate=0)
-    learner.network = spy = Spy(lambda x, mask: torch.zeros_like(x))
+    spy = Spy(lambda x, mask: torch.zeros_like(x))
+    learner = begun(y, drop_rate=0, network=lambda _: spy)
     train(learner, 1)
     assert spy.masks[0].all()
     assert learner.mean_loss() == pytest.approx((y**2).mean().item())
@@ -196,7 +205,8 @@ def test_the_trainings_own_predictions_join_the_ensemble():
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_linear_learning_rate_rises_and_falls(optimizer):
     settings = {"lr": 0.1, "iteration": 40, "schedule": "linear"}
-    learner = begun(random_image(1, 32, 33), optimizer=optimizer, **settings)
+    settings |= {"optimizer": optimizer, "network": Small}
+    learner = begun(random_image(1, 32, 33), **settings)
     rates = []
     for _ in range(40):
         learner.train_step()
@@ -233,8 +243,24 @@ def test_start_at_the_mean():
     np.testing.assert_allclose(restored.mean((1, 2)), y.mean((1, 2)), atol=0.02)
 
 
-def test_a_network_that_a_dark_picture_kills_lives_at_the_second_start():
-    learner = begun(0.02 + 0.15 * random_image(1, 32, 32), lr=1e-4)
+class Constant(nn.Module):
+    """Predicts one value: sigmoid of a bias, which is flat at first."""
+
+    bend = 0.0
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = nn.Parameter(torch.full((channels, 1, 1), 30.0))
+
+    def forward(self, x, mask, draw):
+        return torch.sigmoid(self.bias).expand_as(x)
+
+    def start_at(self, mean):
+        self.bias.copy_(torch.logit(mean).view(-1, 1, 1))
+
+
+def test_a_network_that_dies_lives_at_the_second_start():
+    learner = begun(0.02 + 0.15 * random_image(1, 32, 32), lr=1e-4, network=Constant)
     notes = learner.notes
     assert train(learner, 99).step == 99 and not notes
     assert train(learner, 1).step == 0
@@ -247,8 +273,9 @@ def test_a_flat_images_flat_prediction_is_alive_and_a_saturated_one_dead():
     noise = 0.1 * torch.randn(1, 32, 32, generator=seeded())
     ramp = torch.linspace(0, 1, 32).expand(1, 32, 32)
     for clean, value, alive in ((0.3, 0.3, True), (0.0, 0.0, True), (ramp, 0, False)):
-        learner = begun(clean + noise)
-        learner.network = Spy(lambda x, mask, value=value: x * 0 + value)
+        spy = Spy(lambda x, mask, value=value: x * 0 + value)
+        spy.bend = 0.0  # it ends in a sigmoid
+        learner = begun(clean + noise, network=lambda _: spy)  # noqa: B023 - called here
         restarts = []
         learner.restart = lambda: restarts.append(None)  # noqa: B023 - called here
         assert train(learner, 100).alive() is alive

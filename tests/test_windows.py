@@ -9,29 +9,30 @@ from tensors import begun, block_mask, random_image, train
 
 from network import self2self, windows
 from network.blur import CircularBlur
-from network.windows import tiles, window_corner
+from network.self2self import dropped_loss
+from network.windows import choose_corner, tiles
 
 
 @pytest.mark.parametrize("periodic", [False, True])
 def test_windows_lie_everywhere_alike(periodic):
     counts = np.zeros((60, 50))
     for step in range(3000):
-        top, left = window_corner((60, 50), (20, 50), periodic, 0, step)
+        top, left = choose_corner((60, 50), (20, 50), periodic, 0, step)
         assert left == 0 and (periodic or top <= 40)
         counts[np.arange(top, top + 20) % 60] += 1
     assert (counts == counts[:, :1]).all()
     expected = 3000 * 20 / 60
     assert abs(counts.mean() - expected) < 1e-9
     assert abs(counts[:, 0] / expected - 1).max() < (0.15 if periodic else 0.6)
-    same, other = (window_corner((60, 50), (20, 20), periodic, 0, s) for s in (5, 6))
-    assert same == window_corner((60, 50), (20, 20), periodic, 0, 5) != other
+    same, other = (choose_corner((60, 50), (20, 20), periodic, 0, s) for s in (5, 6))
+    assert same == choose_corner((60, 50), (20, 20), periodic, 0, 5) != other
 
 
 @pytest.mark.parametrize("size", [32, 768, 769, 1300, 2048, 6000])
 def test_tiles_share_every_pixel_out(size):
     total = torch.zeros(size)
     for first, last, weights in tiles(size):
-        assert 32 <= last - first <= windows.TILE and first % windows.GRID == 0
+        assert 32 <= last - first <= windows.TILE_SIDE and first % windows.GRID == 0
         total[first:last] += weights
         used = weights.nonzero()
         assert first == 0 or used.min() >= 96
@@ -44,7 +45,7 @@ def test_a_prediction_by_tiles_is_that_of_the_whole(monkeypatch):
     monkeypatch.setattr(self2self, "flip", lambda x, flips: x)
     learner = train(begun(random_image(1, 450, 40), drop_rate=0, lr=1e-3), 2)
     whole = learner.predict(1).image
-    monkeypatch.setattr(windows, "TILE", 320)
+    monkeypatch.setattr(windows, "TILE_SIDE", 320)
     assert len(windows.tiles(450)) > 2
     by_tiles = learner.predict(1).image
     assert 0 < np.abs(by_tiles - whole).max() < 1e-4 * whole.std()
@@ -116,17 +117,15 @@ def test_holes_do_not_hide_that_a_network_has_died():
         assert learner.alive() is alive
 
 
-def test_the_loss_of_known_entries_alone(monkeypatch):
+def test_the_loss_of_known_entries_alone():
     y, known = random_image(1, 32, 33), block_mask(1, 32, 33).float()
     seen = []
 
-    def spy(degraded, y, judged):
+    def loss(degraded, y, judged):
         seen.append(judged)
-        return self2self_loss(degraded, y, judged)
+        return dropped_loss(degraded, y, judged)
 
-    self2self_loss = self2self.dropped_loss
-    monkeypatch.setattr(self2self, "dropped_loss", spy)
-    train(begun(y, known=known), 1)
+    train(begun(y, known=known, loss=loss), 1)
     assert (seen[0] <= known).all()
     share = seen[0].sum() / known.sum()
     assert share == pytest.approx(0.3, abs=0.08)

@@ -1,4 +1,4 @@
-"""A step as a CUDA graph replays it: with the same tensors, and what it changes is saved."""
+"""A CUDA graph can replay a step: its tensors stay in place, and the state saves them."""
 
 import contextlib
 import copy
@@ -14,7 +14,7 @@ FAST = {"optimizer": "muon", "averaging_power": 3, "schedule": "linear", "bs": 2
 
 
 def lasting_tensors(learner):
-    """Every tensor that is there before a step and after it, but for the gradients."""
+    """Return all tensors that outlive a step, except the gradients."""
     owners = learner, learner.health, learner.ensemble
     held = [x for owner in owners for x in vars(owner).values()]
     held = [x for x in held if isinstance(x, torch.Tensor)]
@@ -24,7 +24,7 @@ def lasting_tensors(learner):
 
 
 def test_a_step_changes_only_what_the_state_saves():
-    """So that a CUDA graph's warm-up leaves no trace."""
+    """Otherwise the warm-up before a capture would leave a trace."""
     learner = train(begun(random_image(3, 32, 33), **FAST), 2)
     saved = {x.data_ptr() for x in learner._tensors()}
     set_before = {learner.rate.data_ptr(), learner.prediction_weight.data_ptr()}
@@ -47,11 +47,11 @@ def test_a_step_changes_only_what_the_state_saves():
 
 
 def test_a_capture_that_fails_leaves_no_graph(monkeypatch):
-    """Or the next picture of that size would replay nothing."""
+    """A learner with a graph that holds no step would train nothing."""
     learner = begun(random_image(1, 32, 32))
 
     class Graph:
-        """A graph that says nothing."""
+        """In the place of CUDA's graph."""
 
         def register_generator_state(self, _):
             pass
@@ -76,7 +76,7 @@ def test_a_capture_that_fails_leaves_no_graph(monkeypatch):
 
 
 def test_a_step_reallocates_nothing():
-    """A CUDA graph has addresses by heart."""
+    """A CUDA graph reads and writes fixed addresses."""
     learner = train(begun(random_image(3, 32, 33), **FAST), 1)
     before = [x.data_ptr() for x in lasting_tensors(learner)]
     train(learner, 2).predict(2)
@@ -103,13 +103,13 @@ def test_a_step_reads_rate_and_decay_from_tensors():
 
 
 def distance(a, b):
-    """Mean absolute difference of two learners' predictions."""
+    """Return the mean absolute difference of two learners' predictions."""
     return np.abs(a.predict(64).image - b.predict(64).image).mean()
 
 
 @needs_cuda
 def test_one_learner_after_the_other_needs_no_more_memory():
-    """Each stream that multiplies matrices is given work space, which it keeps."""
+    """Each stream that multiplies matrices keeps a work space."""
     held = []
     for _ in range(3):
         train(begun(random_image(1, 64, 64), device="cuda", **FAST), 1)
@@ -129,10 +129,10 @@ def test_replays_draw_new_masks():
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_captured_steps_are_eager_steps(optimizer):
     y, settings = random_image(3, 64, 64), {"optimizer": optimizer, "device": "cuda"}
-    captured, eager = begun(y, roll, **settings), begun(y, roll, **settings)
+    captured, eager = (begun(y, roll, capture=c, **settings) for c in (True, False))
     for _ in range(5):
         captured.train_step()
-        eager._train()
+        eager.train_step()
         losses = [x.loss_sum.item() for x in (captured, eager)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
