@@ -15,7 +15,7 @@ import results
 import utils
 from network import noise, recipes
 from network.noise import fill_unknown
-from network.psf import SECOND, doubt, estimate_psf, point
+from network.psf import SECOND_SPARSITY, doubt, estimate_psf, point
 from network.scale import find_scale
 from network.unknown import find_unknown
 
@@ -192,7 +192,7 @@ def estimate(result, x, size):
             "pixels; a smaller --kernel_size may be found"
         )
     psf = estimate_psf(x, size)
-    print(f"{result.name}: {doubt(psf, estimate_psf(x, size, SECOND))}")
+    print(f"{result.name}: {doubt(psf, estimate_psf(x, size, SECOND_SPARSITY))}")
     return psf
 
 

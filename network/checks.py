@@ -1,24 +1,23 @@
-"""What the learner asks of an observation, of what is known of it, and of an operator."""
+"""Checks of what a caller gives the learner: observation, mask, forward operator."""
 
 import numpy as np
 
 SMALLEST_SIDE = 32  # pixels: five poolings
 MAX_CHANNELS = SMALLEST_SIDE - 1  # so (H, W, C) is never taken for (C, H, W)
-ROUNDING = (
-    1e-5  # an operator that changes a picture of range 1 by less leaves it as it is
-)
+MAX_CHANGE = 1e-5  # of a picture of range 1, by an operator that counts as identity
 
 
 def check_observation(y, known=None):
-    """Return y and known as arrays that go together; y is 0 where it is unknown.
+    """Check an observation and its mask; return both as arrays, y with 0 where unknown.
 
     Args:
         y: the observation, floats (C, H, W), with fewer than 32 channels and sides of 32
             pixels or more.
-        known: (C, H, W) or (1, H, W); None: ones (1, H, W).
+        known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W); None: ones
+            (1, H, W).
 
     Raises:
-        ValueError: they are not; the text names the shape or type that was given.
+        ValueError: y or known has another shape or type; the message names it.
     """
     y = np.asarray(y)
     if (
@@ -41,11 +40,11 @@ def check_observation(y, known=None):
 
 
 def check_operator(forward_operator, y):
-    """Apply a forward operator to an observation (1, C, H, W), to see what it is.
+    """Apply a forward operator to an observation y (1, C, H, W) to check its result.
 
     Raises:
-        ValueError: what comes back is not of y's shape; or it is not y, and the operator
-            does not say by `reach` how far it looks.
+        ValueError: the result does not have y's shape, or it differs from y although the
+            operator has no `reach` (pixels that it looks around an entry).
     """
     import torch
 
@@ -59,7 +58,7 @@ def check_operator(forward_operator, y):
         )
     if getattr(forward_operator, "reach", 0) or made is y:
         return
-    if not torch.allclose(made, y, ROUNDING, ROUNDING, equal_nan=True):
+    if not torch.allclose(made, y, MAX_CHANGE, MAX_CHANGE, equal_nan=True):
         raise ValueError(
             "the forward operator changes a picture and has no `reach`; set it to the "
             "number of pixels that it looks around an entry"

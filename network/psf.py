@@ -1,10 +1,11 @@
-"""The PSF of a blurred picture, estimated from the picture alone.
+"""Estimates the PSF of a blurred picture from the picture alone.
 
-From coarse to fine two steps alternate: a latent picture of few, strong edges (L0
-gradients: Xu, Lu, Xu, Jia 2011; Pan, Hu, Su, Yang 2014), which cannot explain the blur, and
-the PSF that brings its gradients to the blurred picture's (Cho, Lee 2009). Scales at which
-blur and noise have left nothing are not gone to. At the last scale, once more, less of the
-PSF is cut, and its thin tails are found.
+Two steps alternate, from a coarse scale to a fine one. The first finds a latent picture
+with few, strong edges (L0 gradients: Xu, Lu, Xu, Jia 2011; Pan, Hu, Su, Yang 2014), so that
+the picture itself cannot explain the blur. The second finds the PSF that maps its gradients
+to those of the blurred picture (Cho, Lee 2009). Fine scales without any detail left by blur
+and noise are skipped. The last scale is repeated with a lower threshold, which keeps the
+PSF's thin tails.
 """
 
 import math
@@ -15,87 +16,99 @@ import scipy.ndimage
 
 from network.scale import find_scale
 
-SIDE = 512  # pixels: of a larger picture the part with the strongest edges is looked at
-# Weight of the number of gradients; from one alternation to the next it is divided.
-SPARSE, LESS, LEAST = 0.032, 1.1, 1e-4
-SECOND, ALIKE = 0.012, 0.7  # a second estimate's, and how the two correlate: see doubt
-# Alternations, and what is cut, see _normal: at every scale; at the last once more, from
-# an AGAIN-th of the weight on.
-ROUGH, FINE, AGAIN = (5, 0.05, 0.1), (30, 0.02, 0.02), 5
-RIDGE = 0.002  # weight of the PSF's squares, times the gradients' sum of squares
-STEPS = 150  # of FISTA (Beck, Teboulle 2009)
-POINT = 1 / 3  # share of a PSF at its centre from which there is hardly any blur
-DETAIL = 1.3  # times the energy of noise, from which there is detail
-EDGE = 0.02  # share of a PSF at its edge: see doubt
+PART_SIDE = 512  # pixels; only the part of a larger picture with the most edges is used
+# Weight of the number of gradients: at first, its divisor per alternation, its minimum.
+SPARSITY, DECAY, MIN_SPARSITY = 0.032, 1.1, 1e-4
+# Weight for a second estimate, and the least correlation of two that agree: see doubt.
+SECOND_SPARSITY, MIN_AGREEMENT = 0.012, 0.7
+# Alternations and the two thresholds of _normalise: at every scale, then at the last scale
+# once more, with the weight divided by FINE_DIVISOR.
+ROUGH, FINE, FINE_DIVISOR = (5, 0.05, 0.1), (30, 0.02, 0.02), 5
+RIDGE = 0.002  # weight of the PSF's squares, over the gradients' sum of squares
+FISTA_STEPS = 150
+MAX_CENTRE = 1 / 3  # share of a PSF at its centre; above it there is hardly any blur
+MIN_DETAIL = 1.3  # energy of a frequency band with detail, over that of noise
+MAX_EDGE = 0.02  # share of a PSF at the edge of its array: see doubt
 
 
-def estimate_psf(y, size, sparse=SPARSE):
-    """Estimate the PSF of a picture that is blurred alike everywhere.
+def estimate_psf(y, size, sparsity=SPARSITY):
+    """Estimate the PSF of a picture that is blurred equally everywhere.
 
     Args:
-        y: the blurred picture, (C, H, W), in any units, twice as large as the PSF.
+        y: the blurred picture, (C, H, W), in any units, sides of twice `size` or more.
         size: side of the PSF's array, pixels, odd.
-        sparse: weight of the number of gradients, to begin with.
+        sparsity: initial weight of the number of gradients.
 
     Returns:
-        k, (size, size), not below 0, of sum 1, centred; a point for half a pixel or less.
+        k, (size, size), non-negative, sum 1, centred; a point for a blur of half a pixel
+        or less.
     """
     gray = _part(find_scale(y, np.ones((1, 1, 1))).to(y).mean(0))
-    first = max(0, math.ceil(2 * math.log2(size / 3)))  # the coarsest of the scales
+    first = max(0, math.ceil(2 * math.log2(size / 3)))  # the coarsest scale
     last, psf = min(_finest(gray), first), point(3)
-    weights = [sparse / LESS ** (ROUGH[0] * i) for i in range(1 + first - last)]
+    weights = [sparsity / DECAY ** (ROUGH[0] * i) for i in range(1 + first - last)]
     rounds = [(first - i, weight, ROUGH) for i, weight in enumerate(weights)]
-    for scale, weight, (alternations, *cuts) in [*rounds, (last, sparse / AGAIN, FINE)]:
+    rounds.append((last, sparsity / FINE_DIVISOR, FINE))
+    for scale, weight, (alternations, *thresholds) in rounds:
         factor = 2 ** (-scale / 2)
         blurred = _resized(gray, [round(length * factor) for length in gray.shape])
         side = min(max(3, math.ceil(size * factor) // 2 * 2 + 1), size)
-        psf = _normal(_resized(psf, (side, side)), *cuts)
+        psf = _normalise(_resized(psf, (side, side)), *thresholds)
         periodic, inside = _periodic(blurred, side)
         for i in range(alternations):
-            latent = _sharpened(periodic, psf, max(weight / LESS**i, LEAST))
-            if np.ptp(latent) > 0:  # else nothing of it is strong enough to tell
-                psf = _normal(_fit(latent, periodic, inside, side), *cuts)
-    if psf[side // 2, side // 2] > POINT:
+            lowered = max(weight / DECAY**i, MIN_SPARSITY)
+            latent = _sharpened(periodic, psf, lowered)
+            if np.ptp(latent) > 0:  # else no gradient is strong enough
+                psf = _normalise(_fit(latent, periodic, inside, side), *thresholds)
+    if psf[side // 2, side // 2] > MAX_CENTRE:
         return point(size)
     shrunk = np.divide(blurred.shape, gray.shape)
     start = side // 2 - shrunk * (size // 2)
     psf = scipy.ndimage.affine_transform(psf, shrunk, start, (size, size), order=1)
-    return _normal(psf, *FINE[1:])
+    return _normalise(psf, *FINE[1:])
 
 
 def _finest(gray):
-    """Return the last scale at which a picture (H, W) shows detail in some direction."""
+    """Return the finest scale at which a picture (H, W) has detail in some direction.
+
+    Scale s is the picture shrunk by 2^(-s / 2).
+    """
     window = np.outer(*map(np.hanning, gray.shape))
     power = np.abs(scipy.fft.fft2((gray - gray.mean()) * window)) ** 2
     down, right = np.meshgrid(*map(scipy.fft.fftfreq, gray.shape), indexing="ij")
     scales = 2 * np.log2(0.5 / np.maximum(np.hypot(down, right), 1e-9)) // 1
     parts = 8 * scales + np.arctan2(down, right) % np.pi // (np.pi / 8)
     most = scipy.ndimage.mean(power, parts, np.arange(32)).reshape(4, 8).max(1)
-    return np.argmax([*(most > DETAIL * power[scales < 0].mean()), True])
+    return np.argmax([*(most > MIN_DETAIL * power[scales < 0].mean()), True])
 
 
 def doubt(psf, second):
-    """Say what to think of an estimated PSF (h, w); another weight hardly changes a sure one."""
+    """Return a sentence on how reliable an estimated PSF is.
+
+    Args:
+        psf: the estimate, (h, w).
+        second: the estimate with SECOND_SPARSITY, (h, w). A reliable PSF hardly changes.
+    """
     if psf.max() == 1:
         return "hardly any blur is found; nothing is deblurred"
-    if psf.sum() - psf[1:-1, 1:-1].sum() > EDGE:
+    if psf.sum() - psf[1:-1, 1:-1].sum() > MAX_EDGE:
         return "the PSF fills its array; a larger --kernel_size may be better"
     size = [2 * n for n in psf.shape]
     both = scipy.fft.rfft2(psf, size) * scipy.fft.rfft2(second, size).conj()
-    alike = scipy.fft.irfft2(both, size).max()
-    if alike < ALIKE * np.sqrt((psf**2).sum() * (second**2).sum()):
+    agreement = scipy.fft.irfft2(both, size).max()
+    if agreement < MIN_AGREEMENT * np.sqrt((psf**2).sum() * (second**2).sum()):
         return "the PSF is uncertain: two estimates differ; kernel.png shows one"
     return "the PSF is estimated; kernel.png shows it"
 
 
 def _part(gray):
-    """Return the part of a picture (H, W), SIDE pixels a side, that has the most edges."""
+    """Return the PART_SIDE x PART_SIDE part of a picture (H, W) with the most edges."""
     edges = scipy.ndimage.gaussian_gradient_magnitude(gray, 2)
-    h, w = np.minimum(gray.shape, SIDE)
+    h, w = np.minimum(gray.shape, PART_SIDE)
     sums = scipy.ndimage.uniform_filter(edges, (h, w), origin=(-(h // 2), -(w // 2)))
     sums = sums[: len(gray) - h + 1, : gray.shape[1] - w + 1]
     top, left = np.unravel_index(sums.argmax(), sums.shape)
-    return gray[top : top + SIDE, left : left + SIDE]
+    return gray[top : top + PART_SIDE, left : left + PART_SIDE]
 
 
 def point(side):
@@ -106,7 +119,7 @@ def point(side):
 
 
 def _resized(x, size):
-    """Bring an image (H, W) to another size."""
+    """Resize an image (H, W) to `size`, antialiased."""
     import torch  # late: see network/__init__.py
 
     x = torch.from_numpy(np.float64(x))[None, None]
@@ -117,9 +130,9 @@ def _resized(x, size):
 
 
 def _periodic(blurred, margin):
-    """Continue a picture (H, W) so that it is periodic: a ramp from edge to edge.
+    """Pad a picture (H, W) with a ramp from edge to edge, which makes it periodic.
 
-    Returns it, and 1 where its gradients are the picture's, else 0.
+    Returns the padded picture, and a mask: 1 where its gradients are the picture's, else 0.
     """
     size = [scipy.fft.next_fast_len(n + 2 * margin, True) for n in blurred.shape]
     padded = blurred
@@ -134,7 +147,7 @@ def _periodic(blurred, margin):
 
 
 def _place(psf, size):
-    """Put a PSF into a larger array, periodic, its middle at the first entry."""
+    """Put a PSF into a larger periodic array, its centre at the first entry."""
     h, w = psf.shape
     padded = np.pad(psf, ((0, size[0] - h), (0, size[1] - w)))
     return np.roll(padded, (-(h // 2), -(w // 2)), (0, 1))
@@ -145,21 +158,21 @@ def _gradients(x):
     return np.stack([np.roll(x, -1, axis) - x for axis in (0, 1)])
 
 
-def _sharpened(blurred, psf, sparse):
-    """Return the latent picture: of few gradients, and blurred it is the blurred one.
+def _sharpened(blurred, psf, sparsity):
+    """Return the latent picture z, which minimises |k*z - y|^2 + sparsity |gradients z|_0.
 
-    By half-quadratic splitting: gradients whose squares are below sparse / b are 0, the
-    picture has nearly those, and b is doubled. In float32, for speed.
+    Half-quadratic splitting: gradients whose square is below sparsity / b become 0, z is
+    fitted to the rest with the weight b, and b doubles. In float32, for speed.
     """
     size, blurred = blurred.shape, np.float32(blurred)
     transfer = np.complex64(scipy.fft.rfft2(_place(psf, size)))
     differences = scipy.fft.rfft2(_gradients(np.float32(_place(np.ones((1, 1)), size))))
     power, smooth = np.abs(transfer) ** 2, (np.abs(differences) ** 2).sum(0)
     given = transfer.conj() * scipy.fft.rfft2(blurred)
-    latent, b = blurred, 2 * sparse
+    latent, b = blurred, 2 * sparsity
     while b < 1e5:
         kept = _gradients(latent)
-        kept[:, (kept**2).sum(0) < sparse / b] = 0
+        kept[:, (kept**2).sum(0) < sparsity / b] = 0
         down, right = (np.roll(kept[axis], 1, axis) - kept[axis] for axis in (0, 1))
         wanted = scipy.fft.rfft2(down + right)
         latent = scipy.fft.irfft2((given + b * wanted) / (power + b * smooth), size)
@@ -168,10 +181,18 @@ def _sharpened(blurred, psf, sparse):
 
 
 def _fit(latent, blurred, inside, side):
-    """Return the PSF (side, side), not below 0, that brings gradients to the blurred ones.
+    """Return the PSF that maps the latent gradients to the blurred ones.
 
-    Least squares with a ridge, by FISTA; what it multiplies by is the gradients'
-    autocorrelation.
+    Least squares with a ridge, by FISTA (Beck, Teboulle 2009). Its matrix is a convolution
+    with the autocorrelation of the gradients.
+
+    Args:
+        latent, blurred: periodic pictures (H, W).
+        inside: 1 where gradients count, else 0.
+        side: of the PSF, pixels.
+
+    Returns:
+        (side, side), non-negative.
     """
     made, seen = inside * _gradients(latent), inside * _gradients(blurred)
     spectrum = scipy.fft.rfft2(made)
@@ -186,7 +207,7 @@ def _fit(latent, blurred, inside, side):
     step = 1 / (np.abs(shared).max() + ridge)
     psf = ahead = np.full((side, side), 1 / side**2)
     t = 1.0
-    for _ in range(STEPS):
+    for _ in range(FISTA_STEPS):
         product = scipy.fft.irfft2(shared * scipy.fft.rfft2(ahead, size), size)
         slope = product[:side, :side] + ridge * ahead - wanted
         before, psf = psf, np.maximum(ahead - step * slope, 0)
@@ -195,10 +216,13 @@ def _fit(latent, blurred, inside, side):
     return psf
 
 
-def _normal(psf, smallest, island):
-    """Cut a PSF; centre it, and make its sum 1.
+def _normalise(psf, smallest, island):
+    """Clean and centre a PSF, and make its sum 1.
 
-    What is cut is below a share of its maximum, or is a part with less of its sum.
+    Args:
+        psf: (side, side).
+        smallest: share of the maximum; lower entries become 0.
+        island: share of the sum; connected parts with less become 0.
     """
     psf = np.where(psf < smallest * psf.max(), 0, psf)
     labels, count = scipy.ndimage.label(psf, np.ones((3, 3)))

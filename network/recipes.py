@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from network.checks import check_observation
-from network.noise import LEAST_SIGMA, find_noise
+from network.noise import MIN_SIGMA, find_noise
 from network.scale import UNIT, Scale, find_scale
 
 UNKNOWN_SIGMA = 25  # taken where the noise is not known
@@ -169,8 +169,8 @@ def adapt(
     lines = noise.lines if evened else ()
     scale = UNIT if as_published else find_scale(y, known, blurred, lines)
     sigma = 0.0 if nothing else noise.sigma()
-    sigma = None if sigma is None else scale.level(sigma)
-    if holes and noise.is_white() and sigma < LEAST_SIGMA:
+    sigma = None if sigma is None else scale.sigma(sigma)
+    if holes and noise.is_white() and sigma < MIN_SIGMA:
         nothing, sigma = True, 0.0  # known entries help more as they are
     fuse = noise.is_white() and (evened or noise.is_even()) and sigma > 0
     fuse = fuse or (blurred and noise.kind == "compressed")

@@ -16,9 +16,10 @@ from test_noise import photograph
 from test_options import chosen
 
 import utils
-from deblur import gaussian_psf, read_psf
+from deblur import gaussian_psf
 from network import psf as estimation
 from network.psf import doubt, estimate_psf, point
+from pictures import read_psf
 
 MOTION = np.zeros((11, 11))
 MOTION[[2, 3, 4, 5, 6, 7, 7, 7], [1, 2, 3, 4, 5, 6, 7, 8]] = [1, 1, 2, 2, 1, 1, 2, 2]
@@ -106,7 +107,7 @@ def test_nothing_is_learnt_where_no_edge_is_strong_enough(monkeypatch):
 
 def test_the_fit_is_that_of_a_dense_solver(monkeypatch):
     """Least squares, not below 0, of the gradients of a small periodic picture."""
-    monkeypatch.setattr(estimation, "STEPS", 4000)
+    monkeypatch.setattr(estimation, "FISTA_STEPS", 4000)
     rng = np.random.default_rng(0)
     latent, truth = rng.random((16, 16)), np.zeros((3, 3))
     truth[1], truth[0, 2] = [0.2, 0.5, 0.2], 0.1
@@ -132,11 +133,11 @@ def test_small_parts_are_cut_and_the_rest_is_centred():
     psf[1:4, 2] = 1
     psf[7, 7] = 0.2  # an island
     psf[2, 3] = 0.01
-    made = estimation._normal(psf, 0.05, 0.1)
+    made = estimation._normalise(psf, 0.05, 0.1)
     expected = np.zeros((9, 9))
     expected[3:6, 4] = 1 / 3
     np.testing.assert_allclose(made, expected)
-    empty = estimation._normal(np.zeros((5, 5)), 0.05, 0.1)
+    empty = estimation._normalise(np.zeros((5, 5)), 0.05, 0.1)
     np.testing.assert_array_equal(empty, point(5))
 
 
