@@ -1,4 +1,4 @@
-"""What the learner asks of an observation, and of what is known of it."""
+"""Checks of what a caller gives the learner: observation and mask."""
 
 import numpy as np
 
@@ -7,15 +7,16 @@ MAX_CHANNELS = SMALLEST_SIDE - 1  # so (H, W, C) is never taken for (C, H, W)
 
 
 def check_observation(y, known=None):
-    """Return y and known as arrays that go together; y is 0 where it is unknown.
+    """Check an observation and its mask; return both as arrays, y with 0 where unknown.
 
     Args:
         y: the observation, floats (C, H, W), with fewer than 32 channels and sides of 32
             pixels or more.
-        known: (C, H, W) or (1, H, W); None: ones (1, H, W).
+        known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W); None: ones
+            (1, H, W).
 
     Raises:
-        ValueError: they are not; the text names the shape or type that was given.
+        ValueError: y or known has another shape or type; the message names it.
     """
     y = np.asarray(y)
     if (

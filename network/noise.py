@@ -1,8 +1,9 @@
-"""What noise an observed picture has, told from the picture alone.
+"""Finds the noise of an observed picture from the picture alone.
 
-Blocks of 8x8 pixels are looked at in their cosine transform. The low frequencies say how
-flat a block is, the high ones how much noise it has: of white noise the ones know nothing
-of the others, so that the flattest blocks can be chosen, and the noise is as it is.
+The picture is cut into blocks, and every block is transformed by a cosine transform. The
+low frequencies show how flat a block is, the high ones how much noise it has. White noise
+is independent across frequencies, so choosing the flattest blocks does not bias the noise
+measured in them.
 """
 
 import itertools
@@ -15,61 +16,70 @@ import scipy.ndimage
 
 from network.scale import extremes
 
-SIDE = 8  # pixels, of a block
-BLOCKS, LEAST = 2**16, 60  # how many are looked at, about; how many are needed
-ORDER = np.add.outer(np.arange(SIDE), np.arange(SIDE)).ravel()  # of frequencies, u + v
+DCT_SIDE = 8  # pixels, side of a block
+MAX_BLOCKS, MIN_BLOCKS = 2**16, 60  # about so many are used; fewer are too few
+ORDER = np.add.outer(np.arange(DCT_SIDE), np.arange(DCT_SIDE)).ravel()  # u + v
 LOW, MIDDLE = (ORDER >= 1) & (ORDER <= 3), (ORDER >= 4) & (ORDER <= 6)
 HIGH, HIGHEST = ORDER >= 7, ORDER >= 9
-ENOUGH, FILLED = 1000, 0.125  # blocks without filled entries; share of these elsewhere
-FEW = 0.05  # share of a block's entries that may be clipped
-BINS = 10  # of levels, with as many blocks each
-SHARES = 0.02, 0.04, 0.08, 0.16, 0.32  # of a bin's blocks, the flattest
-RISE = 1.05  # of the variance from a share to the next; more is texture
-KEPT, KEPT_ENERGY = 0.95, 0.7588  # the least squares, and their mean: of a Gaussian's 1
-ABOVE, BELOW = 0.1, 0.3  # share of a line that a bin may lie off it, to count half
-FLOOR = 0.02  # of the mean variance: a line may go through 0 where it is dark
-CLEANEST = 0.04  # variance of a channel, over the noisiest one's
-DARKEST = 0.005  # variance where a picture is darkest, over that where it is bright
-# Energy of the middle frequencies over the highest ones'. White noise has 1, noise blurred
-# by 0.6 pixels 4; texture adds some where there is hardly any noise.
-WHITE, CORRELATED = 1.4, 2.8
-LEAST_SIGMA = 1  # where 255 is the picture's range: below it there is nothing to remove
-SHARED = 0.3  # correlation of channels from which on they are not independent
-GROWS = 1.2  # sigma where it is bright over sigma where it is dark, from which it grows
-UNLIKE = 1.4  # variance of a channel over another's, from which they differ
-# Share of small coefficients that a JPEG's grid has and no other has; times the root of
-# their number, in small pictures.
-ON_GRID, BY_CHANCE = 0.04, 2.0
+# Blocks with filled entries are used only where fewer than MIN_WHOLE blocks have none, and
+# then up to this share of a block.
+MIN_WHOLE, MAX_FILLED = 1000, 0.125
+MAX_CLIPPED = 0.05  # share of a block's entries
+LEVEL_BINS = 10  # intensities, with equally many blocks each
+FLAT_SHARES = 0.02, 0.04, 0.08, 0.16, 0.32  # the flattest of a bin's blocks
+MIN_FLAT = 25  # blocks
+MAX_RISE = 1.05  # of the variance from one share to the next; more is texture
+# Share of the squared coefficients that is kept, the smallest, and the mean of those for a
+# Gaussian of variance 1.
+TRIMMED, TRIMMED_MEAN = 0.95, 0.7588
+# A bin that lies this share of the line's variance above or below it counts half.
+HALF_ABOVE, HALF_BELOW = 0.1, 0.3
+MIN_VARIANCE = 0.02  # of the mean variance: a line may cross 0 where it is dark
+MIN_CHANNEL = 0.04  # variance of a channel over the noisiest channel's
+MIN_DARKEST = 0.005  # variance at the darkest intensity over that at a bright one
+# Energy of the middle frequencies over that of the highest. White noise has 1, noise
+# blurred by 0.6 pixels has 4. Texture adds to it where there is hardly any noise.
+MAX_WHITE_RATIO, MIN_CORRELATED_RATIO = 1.4, 2.8
+MIN_SIGMA = 1  # where 255 is the picture's range: less is no noise worth removing
+MAX_CORRELATION = 0.3  # of the noise in two channels that counts as independent
+MIN_GROWTH = 1.2  # sigma where it is bright over sigma where it is dark
+MAX_STRENGTH = 1.4  # variance of one channel over another's that counts as equal
+# A JPEG has more small coefficients on its own 8x8 grid than on any other. The share must
+# be larger by MIN_ZEROS, and in small pictures by CHANCE over the root of their number.
+MIN_ZEROS, CHANCE = 0.04, 2.0
+GRID_PART = 512  # pixels, side of the part in which the grid is sought
 
 
 class Noise(NamedTuple):
-    """What noise a picture has."""
+    """The noise of a picture."""
 
-    # white: alike at every level; growing: white, and stronger where it is bright;
-    # correlated: neighbours or channels share it; compressed: a JPEG's; none; unknown.
+    # white: the same at every intensity; growing: white, stronger where it is bright;
+    # correlated: shared by neighbours or channels; compressed: a JPEG's; none; unknown.
     kind: str
-    # For every channel (gain, offset), in the picture's units: at a level the variance is
-    # gain * level + offset. Empty where that cannot be known.
+    # (gain, offset) of every channel, in the picture's units: the variance at an intensity
+    # is gain * intensity + offset. Empty where it is not known.
     lines: tuple = ()
-    # Levels where the picture is dark, and bright: a tenth of it is beyond.
+    # A tenth of the picture is darker than the first intensity, a tenth brighter than the
+    # second.
     ends: tuple = (0.0, 1.0)
 
     def is_white(self):
-        """Tell whether it is, or is taken for it: then filters can be told its sigma.
+        """Tell whether a filter for white noise can be told its sigma.
 
-        What cannot be told apart from texture has at most the sigma that was found; so
-        little is taken away that nothing is lost.
+        Noise that cannot be told from texture counts: its sigma is a lower estimate, so a
+        filter removes little and loses nothing.
         """
         return bool(self.lines)
 
     def is_even(self):
-        """Tell whether it is alike at every level and in every channel."""
+        """Tell whether the variance is the same at every intensity and in every channel."""
         return len(set(self.lines)) < 2 and not any(gain for gain, _ in self.lines)
 
     def sigma(self, level=None):
-        """Return the standard deviation at a level, or halfway between the ends.
+        """Return the standard deviation over all channels on the 0-255 scale, or None.
 
-        Over all channels, on the 0-255 scale; None where it is not known.
+        Args:
+            level: an intensity, in the picture's units; None: halfway between the ends.
         """
         if not self.lines:
             return None
@@ -78,7 +88,7 @@ class Noise(NamedTuple):
         return 255 * math.sqrt(sum(variances) / len(variances))
 
     def describe(self, peak=255):
-        """Say it so that a person understands; 1 in the picture's units is `peak`."""
+        """Return a phrase for a person, in numbers in which 1 of the picture is `peak`."""
 
         def shown(x):
             return f"{float(f'{x * peak:.3g}'):g}"  # 1280, not 1.28e+03
@@ -95,8 +105,20 @@ class Noise(NamedTuple):
             "correlated": "shared by neighbours, as a camera's",
             "compressed": "a JPEG's, changed by its compression",
             "none": f"none to speak of{bound}",
-            "unknown": f"of what kind cannot be told{bound}",
+            "unknown": f"of unknown kind{bound}",
         }[self.kind]
+
+
+class Evidence(NamedTuple):
+    """What is measured in a picture, by which its noise is named."""
+
+    lines: tuple  # (gain, offset) of every channel: see Noise
+    ends: tuple  # dark and bright intensity: see Noise
+    is_small: bool  # whether there is hardly any noise, even with the texture
+    ratio: float  # energy of the middle frequencies over that of the highest
+    highest: float  # energy of the highest frequencies over that of the lines
+    correlation: float  # largest, of the noise in two channels
+    on_grid: bool  # whether the picture was a JPEG
 
 
 CAMERA = Noise("correlated")
@@ -108,18 +130,21 @@ def white(sigma):
 
 
 def noise_of(y, known, sigma=None, camera=False):
-    """Return a picture's noise: white of a sigma that is known, a camera's, or found."""
+    """Return a picture's noise: white if sigma is given, a camera's if told so, or found."""
     if sigma is not None:
         return white(sigma)
     return CAMERA if camera else find_noise(y, known)
 
 
 def find_noise(y, known):
-    """Find out what noise a picture has.
+    """Find the noise of a picture.
 
     Args:
         y: the picture, (C, H, W), sides of 32 or more, in any units.
         known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W).
+
+    Returns:
+        A Noise.
     """
     y = np.asarray(y, np.float64)
     known = np.broadcast_to(np.asarray(known) > 0, y.shape)
@@ -130,43 +155,64 @@ def find_noise(y, known):
         lines = (next(own) if varies else noise.lines[0] for varies in varying)
         return noise._replace(lines=tuple(lines) if noise.lines else ())
     y = fill_unknown(y, known)
-    blocks = _whole_blocks(y, known)
-    if blocks.shape[1] < LEAST:
+    blocks = _usable_blocks(y, known)
+    if blocks.shape[1] < MIN_BLOCKS:
         return Noise("unknown")
+    return _name(_measure(blocks)._replace(on_grid=_is_on_grid(y, known)))
+
+
+def _measure(blocks):
+    """Measure the noise in blocks (C, n, DCT_SIDE, DCT_SIDE); return Evidence."""
     spectra = scipy.fft.dctn(blocks, axes=(2, 3), norm="ortho")
-    spectra = spectra.reshape(*blocks.shape[:2], SIDE**2)
-    levels = spectra[..., 0] / SIDE
+    spectra = spectra.reshape(*blocks.shape[:2], DCT_SIDE**2)
+    levels = spectra[..., 0] / DCT_SIDE
     lines, flatness = _fit_lines(levels, spectra**2)
-    n = max(LEAST, int(SHARES[0] * flatness.size))
+    n = max(MIN_BLOCKS, int(FLAT_SHARES[0] * flatness.size))
     flattest = flatness.argpartition(n - 1)[:n]
     flat = spectra[:, flattest]
     scaled = flat / np.sqrt(_variances(lines, levels)[:, flattest, None])
     middle, highest = (_energy(scaled[..., part] ** 2) for part in (MIDDLE, HIGHEST))
-    shared = np.triu(
-        np.atleast_2d(np.corrcoef(scaled[..., HIGH].reshape(len(y), -1))), 1
-    )
+    shared = np.corrcoef(scaled[..., HIGH].reshape(len(blocks), -1))
     lowest, *ends = np.quantile(levels, (0.001, 0.1, 0.9)).tolist()
-    lines, level = [lowered(line, lowest, ends[1]) for line in lines], sum(ends) / 2
-    # A channel with next to no noise, made even, would be all that counts.
-    least = CLEANEST * max(gain * level + offset for gain, offset in lines)
+    lines = [bound_slope(line, lowest, ends[1]) for line in lines]
+    # A channel with next to no noise would outweigh all others once the noise is even.
+    level = sum(ends) / 2
+    least = MIN_CHANNEL * max(gain * level + offset for gain, offset in lines)
     lines = tuple((gain, max(offset, least - gain * level)) for gain, offset in lines)
-    ends = tuple(ends)
+    bright = Noise("growing", lines, tuple(ends)).sigma(ends[1])
+    most = max(255 * math.sqrt(_energy(flat[..., MIDDLE] ** 2)), bright / 2)
+    return Evidence(
+        lines,
+        tuple(ends),
+        is_small=most < MIN_SIGMA * np.ptp(levels),
+        ratio=middle / highest if highest else math.inf if middle else math.nan,
+        highest=highest,
+        correlation=np.abs(np.triu(np.atleast_2d(shared), 1)).max(),
+        on_grid=False,
+    )
+
+
+def _name(evidence):
+    """Return the Noise that Evidence speaks for."""
+    lines, ends = evidence.lines, evidence.ends
+    if evidence.on_grid:
+        return Noise("compressed")
+    if evidence.ratio > MIN_CORRELATED_RATIO and not evidence.is_small:
+        return CAMERA
+    is_white = not (
+        evidence.ratio > MAX_WHITE_RATIO or evidence.correlation > MAX_CORRELATION
+    )
     growing = Noise("growing", lines, ends)
     dark, bright = map(growing.sigma, ends)
-    most = max(255 * math.sqrt(_energy(flat[..., MIDDLE] ** 2)), bright / 2)
-    if _is_on_grid(y, known):
-        return Noise("compressed")
-    little = most < LEAST_SIGMA * np.ptp(levels)
-    if middle > CORRELATED * highest and not little:
-        return CAMERA
-    unknown = middle > WHITE * highest or np.abs(shared).max() > SHARED
-    if bright > GROWS * dark and not unknown and not little:
+    if bright > MIN_GROWTH * dark and is_white and not evidence.is_small:
         return growing
-    # Of texture the highest frequencies have the least.
-    share = min(highest, 1) if unknown else 1
+    # The highest frequencies hold the least texture.
+    share = 1 if is_white else min(evidence.highest, 1)
+    level = sum(ends) / 2
     means = (share * max(gain * level + offset, 0) for gain, offset in lines)
     even = tuple((0.0, mean) for mean in means)
-    return Noise("none" if little else "unknown" if unknown else "white", even, ends)
+    kind = "none" if evidence.is_small else "white" if is_white else "unknown"
+    return Noise(kind, even, ends)
 
 
 def fill_unknown(y, known):
@@ -187,71 +233,80 @@ def fill_unknown(y, known):
     return filled
 
 
+def bound_slope(line, lowest, bright):
+    """Reduce a line's gain so that some noise is left at the lowest intensity.
+
+    Args:
+        line: (gain, offset).
+        lowest, bright: intensities. The variance at the bright one stays as it is.
+    """
+    gain, offset = line
+    most = gain * bright + offset
+    steepest = (1 - MIN_DARKEST) * most / max(bright - lowest, 1e-30)
+    return line if gain <= steepest else (steepest, most - steepest * bright)
+
+
 def _blocks(x, step):
-    """Return the blocks (C, rows, columns, SIDE, SIDE) of x (C, H, W), each step-th."""
-    window = np.lib.stride_tricks.sliding_window_view(x, (SIDE, SIDE), (1, 2))
+    """Return every step-th block of x (C, H, W): (C, rows, columns, 8, 8)."""
+    window = np.lib.stride_tricks.sliding_window_view(x, (DCT_SIDE, DCT_SIDE), (1, 2))
     return window[:, ::step, ::step]
 
 
-def _whole_blocks(y, known):
-    """Return blocks (C, n, SIDE, SIDE) that vary, are known and are not clipped.
-
-    Where few are, some of a block's entries may be filled.
-    """
+def _usable_blocks(y, known):
+    """Return the blocks (C, n, 8, 8) that vary, are known and are not clipped."""
     clipped = np.zeros(y.shape, bool)
     for channel, at in zip(y, clipped):
         for end in (channel.min(), channel.max()):
             at |= channel == end
-    step = max(2, math.ceil(math.sqrt(y[0].size / BLOCKS)))
+    step = max(2, math.ceil(math.sqrt(y[0].size / MAX_BLOCKS)))
     blocks, known, clipped = (_blocks(x, step) for x in (y, known, clipped))
-    missing = (~known).mean((0, 3, 4))
-    most = 0 if (missing == 0).sum() >= ENOUGH else FILLED
-    usable = (missing <= most) & (np.ptp(blocks, (3, 4)) > 0).all(0)
+    filled = (~known).mean((0, 3, 4))
+    most = 0 if (filled == 0).sum() >= MIN_WHOLE else MAX_FILLED
+    usable = (filled <= most) & (np.ptp(blocks, (3, 4)) > 0).all(0)
     clipped = clipped.mean((0, 3, 4))
-    return blocks[:, usable & (clipped <= min(np.quantile(clipped, FEW), FEW))]
+    most = min(np.quantile(clipped, MAX_CLIPPED), MAX_CLIPPED)
+    return blocks[:, usable & (clipped <= most)]
 
 
 def _fit_lines(levels, energy):
-    """Return each channel's (gain, offset), and of each block how flat it is: 0 most.
+    """Fit the noise's variance against intensity.
 
-    By the blocks' levels, (C, n), and the energy of their frequencies, (C, n, SIDE**2).
+    Args:
+        levels: mean intensity of the blocks, (C, n).
+        energy: squared coefficients of the blocks, (C, n, DCT_SIDE**2).
+
+    Returns:
+        (gain, offset) of each channel, and each block's energy of the low frequencies over
+        the noise's variance, (n,): flat blocks have little.
     """
     low, high = energy[..., LOW].mean(-1), energy[..., HIGH]
-    lines = [(0.0, x) for x in np.quantile(high.mean(-1), SHARES[0], axis=1)]
-    bins = [np.array_split(order, BINS) for order in levels.argsort(1)]
+    lines = [(0.0, x) for x in np.quantile(high.mean(-1), FLAT_SHARES[0], axis=1)]
+    bins = [np.array_split(order, LEVEL_BINS) for order in levels.argsort(1)]
     for _ in range(5):
         flatness = (low / _variances(lines, levels)).sum(0)
         points = [
-            [_measure(x[b], e[b], flatness[b] / len(low)) for b in own]
+            [_measure_bin(x[b], e[b], flatness[b] / len(low)) for b in own]
             for x, e, own in zip(levels, high, bins)
         ]
         lines = _fit_line(*np.array(points).transpose(2, 0, 1))
     return lines, flatness
 
 
-def lowered(line, lowest, bright):
-    """Lower a line's gain, so that there is noise even where a picture is darkest."""
-    gain, offset = line
-    most = gain * bright + offset
-    steepest = (1 - DARKEST) * most / max(bright - lowest, 1e-30)
-    return line if gain <= steepest else (steepest, most - steepest * bright)
-
-
 def _variances(lines, levels):
-    """Return the noise's variance at levels (C, n): nowhere next to nothing."""
+    """Return the noise's variance at intensities (C, n), bounded well above 0."""
     gain, offset = np.array(lines).T[..., None]
     variances = gain * levels + offset
-    floor = FLOOR * variances.clip(0).mean(1, keepdims=True)
-    return np.maximum(variances, floor + np.finfo(float).tiny)
+    least = MIN_VARIANCE * variances.clip(0).mean(1, keepdims=True)
+    return np.maximum(variances, least + np.finfo(float).tiny)
 
 
-def _measure(levels, energy, flatness):
-    """Return some blocks' level, variance of noise, and weight, by the flattest of them."""
+def _measure_bin(levels, energy, flatness):
+    """Return the mean intensity, the noise's variance and the weight of a bin's blocks."""
     order, found = flatness.argsort(), None
-    for share in SHARES:
-        flattest = order[: max(int(share * order.size), min(25, order.size))]
+    for share in FLAT_SHARES:
+        flattest = order[: max(int(share * order.size), min(MIN_FLAT, order.size))]
         variance = _energy(energy[flattest])
-        if found and variance > RISE * found[1]:
+        if found and variance > MAX_RISE * found[1]:
             break
         least = min(variance, found[1]) if found else variance
         weight = 1 / max(1.0, flatness[flattest].mean())
@@ -260,14 +315,26 @@ def _measure(levels, energy, flatness):
 
 
 def _fit_line(level, variance, weight):
-    """Fit one line to all channels' points (C, BINS), robustly; return each channel's.
+    """Fit one line robustly to the points (C, LEVEL_BINS) of all channels.
 
-    A channel whose noise is stronger has the line times a number.
+    Returns each channel's (gain, offset): a channel with stronger noise has the line times
+    a number.
     """
     strength, trust = np.ones((len(level), 1)), np.ones(level.shape)
     line = expected = np.full(level.shape, np.median(variance))
-    for looseness in (20, 10, 7, 5, 3, 2, 1, 1, 1):  # or some bins would decide
-        # Errors are a share of the variance; but dark levels have their own, of reading.
+    for looseness in (
+        20,
+        10,
+        7,
+        5,
+        3,
+        2,
+        1,
+        1,
+        1,
+    ):  # a strict start lets few bins decide
+        # Errors are relative to the variance. Dark bins get more weight for it, but not
+        # all: their noise is mostly that of reading.
         root = trust * weight / np.sqrt(expected)
         columns = np.stack((level * root, root), -1) * strength[..., None]
         gain, offset = np.linalg.lstsq(
@@ -276,46 +343,49 @@ def _fit_line(level, variance, weight):
         if gain < 0:
             gain, offset = 0.0, np.average(variance / strength, weights=root**2)
         line = gain * level + offset
-        line = np.maximum(line, FLOOR * np.median(variance))
+        line = np.maximum(line, MIN_VARIANCE * np.median(variance))
         strength = np.median(variance / line, 1, keepdims=True)
-        if strength.max() < UNLIKE * strength.min():
+        if strength.max() < MAX_STRENGTH * strength.min():
             strength = np.ones_like(strength)
         expected = strength * line
         off = variance / expected - 1
-        off = off / (looseness * np.where(off > 0, ABOVE, BELOW))
+        off = off / (looseness * np.where(off > 0, HALF_ABOVE, HALF_BELOW))
         trust = 1 / (1 + off**2)
     return tuple((float(gain * s), float(offset * s)) for s in strength[:, 0])
 
 
 def _energy(squares):
-    """Return the mean of white noise's squared coefficients, without the largest."""
-    n = int(KEPT * squares.size)
-    return np.partition(squares, n, None)[:n].mean() / KEPT_ENERGY
+    """Return the mean of white noise's squared coefficients, robust to the largest."""
+    n = int(TRIMMED * squares.size)
+    return np.partition(squares, n, None)[:n].mean() / TRIMMED_MEAN
 
 
 def _is_on_grid(y, known):
-    """Tell whether a picture has been a JPEG: whose 8x8 blocks have many zeros.
+    """Tell whether a picture was a JPEG: its 8x8 blocks have many zero coefficients.
 
-    Black and white areas, as bars at a scan's edge, have zeros, too: they are left out.
+    Black and white areas, such as bars at a scan's edge, have zeros too and are left out.
     """
-    top, left = (max(0, n // 2 - 256) for n in y.shape[1:])  # a part says enough
-    y, known = (x[:, top : top + 512, left : left + 512] for x in (y, known))
+    top, left = (max(0, (n - GRID_PART) // 2) for n in y.shape[1:])
+    part = np.s_[:, top : top + GRID_PART, left : left + GRID_PART]
+    y, known = y[part], known[part]
     gray = y.mean(0, np.float32, keepdims=True)
     ends = extremes(gray.ravel())  # hot pixels lie beyond
     gray = gray.clip(*ends)
     full = scipy.ndimage.binary_opening(np.isin(gray, ends), np.ones((1, 3, 3)))
     holes = ~known.all(0, keepdims=True)
     blocks, full, holes = (_blocks(x, 1)[0] for x in (gray, full, holes))
-    usable = holes.mean((2, 3)) <= FILLED
+    usable = holes.mean((2, 3)) <= MAX_FILLED
     if usable.sum() < (holes.mean((2, 3)) < 1).sum() / 2:  # too few to tell
         return False
     usable &= ~full.any((2, 3)) & (np.ptp(blocks, (2, 3)) > 0)
     spectra = scipy.fft.dctn(blocks, axes=(2, 3), norm="ortho")
-    high, shares = spectra.reshape(*spectra.shape[:2], SIDE**2)[..., ORDER >= 5], []
-    for i, j in itertools.product(range(SIDE), repeat=2):
-        part = np.abs(high[i::SIDE, j::SIDE][usable[i::SIDE, j::SIDE]])
+    spectra = spectra.reshape(*spectra.shape[:2], DCT_SIDE**2)
+    high, shares = spectra[..., ORDER >= 5], []
+    for i, j in itertools.product(range(DCT_SIDE), repeat=2):
+        on_grid = np.s_[i::DCT_SIDE, j::DCT_SIDE]
+        part = np.abs(high[on_grid][usable[on_grid]])
         if not part.size:
             return False
         shares.append((part < 0.1 * math.sqrt((part**2).mean())).mean())
-    least = max(ON_GRID, BY_CHANCE / math.sqrt(part.size))
+    least = max(MIN_ZEROS, CHANCE / math.sqrt(part.size))
     return max(shares) > np.median(shares) + least

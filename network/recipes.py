@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from network.checks import check_observation
-from network.noise import LEAST_SIGMA, find_noise
+from network.noise import MIN_SIGMA, find_noise
 from network.scale import UNIT, Scale, find_scale
 
 UNKNOWN_SIGMA = 25  # taken where the noise is not known
@@ -160,7 +160,7 @@ def adapt(
     values = _units(recipe, y, known, noise, eight_bits, blurred)
     if not blurred and values["noise"] is not None:
         # Noise that is next to nothing: the known entries help more as they are.
-        values["noise"] *= not (holes and values["noise"] < LEAST_SIGMA)
+        values["noise"] *= not (holes and values["noise"] < MIN_SIGMA)
         if not holes and values["noise"] == 0:
             values["iteration"] = 0  # there is nothing to learn
     values |= _values_by_noise(recipe, noise, values["noise"], blurred)
@@ -188,7 +188,7 @@ def _units(recipe, y, known, noise, eight_bits, blurred):
     as_published = eight_bits and not recipe.own_scale
     scale = UNIT if as_published else find_scale(y, known, blurred, lines)
     sigma = 0.0 if nothing else noise.sigma()
-    sigma = None if sigma is None else scale.level(sigma)
+    sigma = None if sigma is None else scale.sigma(sigma)
     absolute = eight_bits and recipe.own_scale and not lines
     return {"scale": scale, "noise": sigma, "absolute": absolute}
 

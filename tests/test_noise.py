@@ -9,7 +9,7 @@ from tensors import identity, train
 from test_options import chosen
 
 from network import Self2Self, recipes
-from network.noise import DARKEST, find_noise, lowered, white
+from network.noise import MIN_DARKEST, bound_slope, find_noise, white
 from network.scale import Scale, destabilise, find_scale, stabilise
 
 ALL = np.ones((1, 1, 1))
@@ -59,10 +59,10 @@ def test_noise_that_grows_is_found_with_its_gain(gain, own, times, plus):
 def test_a_line_leaves_some_noise_where_a_picture_is_darkest():
     """Else all that is darker would come out alike."""
     line, steep = (0.01, -0.002), (0.01, -0.005)  # which is 0 at a level of 0.5
-    assert lowered(line, 0.3, 0.8) == line
-    gain, offset = lowered(steep, 0.3, 0.8)
+    assert bound_slope(line, 0.3, 0.8) == line
+    gain, offset = bound_slope(steep, 0.3, 0.8)
     assert gain * 0.8 + offset == pytest.approx(0.003)
-    assert gain * 0.3 + offset == pytest.approx(0.003 * DARKEST)
+    assert gain * 0.3 + offset == pytest.approx(0.003 * MIN_DARKEST)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -136,11 +136,11 @@ def test_where_it_cannot_be_told_that_is_said():
     texture = clean + 0.05 * ndimage.gaussian_filter(noise(clean.shape, 255), (0, 1, 1))
     found = find_noise(texture + noise(clean.shape, 5), ALL)
     assert found.kind == "unknown" and found.is_white() and found.sigma() > 4
-    assert found.describe().startswith("of what kind cannot be told, sigma ")
+    assert found.describe().startswith("of unknown kind, sigma ")
     known = np.random.default_rng(0).random(clean.shape) < 0.5
     found = find_noise(clean * known, known)
     assert found.kind == "unknown" and not found.is_white()
-    assert found.describe() == "of what kind cannot be told"
+    assert found.describe() == "of unknown kind"
 
 
 def integrated(x, gain, own):
@@ -180,8 +180,8 @@ def test_a_pedestal_and_units_do_not_change_what_is_stabilised():
         scale.back(values + 1e-3, np.float64) - scale.back(values, np.float64)
     ) / 1e-3
     np.testing.assert_allclose(scale.slope(values), slope, rtol=0.05)
-    assert scale.level(None) == 255 / scale.span
-    assert Scale(0.5, 2.0).level(25) == 12.5
+    assert scale.sigma(None) == 255 / scale.span
+    assert Scale(0.5, 2.0).sigma(25) == 12.5
 
 
 def test_growing_noise_is_learnt_and_fused_where_it_is_even():

@@ -18,7 +18,7 @@ from network import Self2Self
 from network.blur import CircularBlur, gaussian_psf
 from network.punet import bent_sigmoid, inverse_bent_sigmoid
 from network.recipes import RECIPES
-from network.scale import FARTHEST, MARGIN, UNIT, find_scale
+from network.scale import MAX_SPREAD, RANGE_MARGIN, UNIT, find_scale
 
 FAST = {"drop_rate": 0.2, "averaging_power": 3, "iteration": 3, "fuse": True}
 FAST = asdict(RECIPES["fast"]) | FAST | {"precision": "float32", "photons": None}
@@ -62,7 +62,7 @@ def test_restoring_goes_with_scale_and_offset(changes, channels, most):
     for a, b in ((1.0, 0.0), *SCALES[:2]):
         blurred = "operator" in changes
         scale = find_scale(a * y + b, ALL if known is None else known, blurred)
-        settings = FAST | {"scale": scale, "noise": scale.level(a * 15)} | changes
+        settings = FAST | {"scale": scale, "noise": scale.sigma(a * 15)} | changes
         learner = begun(a * y + b, known=known, **settings)
         ensemble = train(learner, 3).predict(2)
         fused, error = learner.fuse(ensemble)
@@ -81,8 +81,12 @@ def test_neither_noise_nor_outliers_widen_the_range():
         noisy = clean + noise
         noisy[0, 7, 7::50] = 10  # hot pixels
         low, high = find_scale(noisy, ALL).back(np.array([0, 1]))
-        assert low == pytest.approx(0.1 - 0.8 * MARGIN, abs=0.03 + 0.85 * sigma / 255)
-        assert high == pytest.approx(0.9 + 0.8 * MARGIN, abs=0.03 + 0.85 * sigma / 255)
+        assert low == pytest.approx(
+            0.1 - 0.8 * RANGE_MARGIN, abs=0.03 + 0.85 * sigma / 255
+        )
+        assert high == pytest.approx(
+            0.9 + 0.8 * RANGE_MARGIN, abs=0.03 + 0.85 * sigma / 255
+        )
 
 
 def test_flat_pictures_and_single_points_have_a_range():
@@ -90,7 +94,7 @@ def test_flat_pictures_and_single_points_have_a_range():
     assert find_scale(flat, ALL).to(flat)[0, 0, 0] == 0.5
     flat[0, 3, 4] = 9  # less than a thousandth of the entries
     scaled = find_scale(flat, ALL).to(flat)
-    assert np.ptp(scaled) <= FARTHEST * 1.001 and np.isfinite(scaled).all()
+    assert np.ptp(scaled) <= MAX_SPREAD * 1.001 and np.isfinite(scaled).all()
 
 
 def test_what_is_not_known_does_not_count():
