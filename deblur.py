@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import scipy.io
+import scipy.ndimage
 
 import network
 import pictures
@@ -20,6 +21,7 @@ from network.psf import SECOND, doubt, estimate_psf, point
 from network.scale import find_scale
 from network.unknown import find_unknown
 
+LAMP = 0.75  # of the range; a darker neighbour of a clipped entry is beside a lamp
 # What a PSF is wrong by is like noise of at least this sigma, where 255 is the picture's
 # range: with less the result rings. Of a measured PSF, and of an estimated one.
 MEASURED_ERROR, ESTIMATED_ERROR = 2.0, 2.8
@@ -108,6 +110,17 @@ def at_white(y, known):
     return known & (y == white)
 
 
+def beside_lamps(y, clipped):
+    """Tell where y (C, H, W) is much darker than a clipped neighbour.
+
+    A lamp many times brighter than white shines there, too. The network does not reach
+    such brightness, so these entries would mislead it.
+    """
+    low, white = y.min((1, 2), keepdims=True), y.max((1, 2), keepdims=True)
+    near = scipy.ndimage.binary_dilation(clipped, np.ones((1, 3, 3)))
+    return near & (y < low + LAMP * (white - low))
+
+
 def choose(args, y, result, clipped=None):
     """Return this picture's recipe, and its noise: told, a camera's, or found."""
     sigma = args.noise_sigma if args.observed else args.sigma
@@ -176,7 +189,10 @@ def restore(args, result, psf, blur):
     n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
     blurred = x if args.observed else blur(torch.from_numpy(x)[None])[0].numpy()
     y = np.where(known, x if args.observed else blurred + n, 0)
-    clipped = at_white(y, known) if args.observed else None
+    clipped = None
+    if args.observed:
+        clipped = at_white(y, known)
+        known = result.known = known * ~beside_lamps(y, clipped)
     recipe, found = choose(args, y, result, clipped)
     learner = network.Self2Self(
         y, blur, known, recipe, args.seed, args.device, clipped=clipped

@@ -23,6 +23,9 @@ from network.windows import Window, tiles
 # Pixels in one forward pass of the ensemble: they fill a GPU, and suit a CPU's cache.
 PREDICTION_PIXELS = {"cuda": 2**20, "cpu": 1, "mps": 2**18}
 FULL_ENSEMBLE = 2**18  # pixels of a picture up to which an ensemble has its full size
+# How far below a clipped entry A(f) may lie, [0, 1] scale; farther below the network has not
+# reached a lamp's brightness, and the entry tells nothing.
+MAX_BELOW = 0.1
 ATTEMPT_SEED = 1_000_003  # between the seeds of a network's attempts
 COUNTED = ("step", "loss_steps", "attempt", "lr", "notes", "losses")  # not tensors
 
@@ -336,7 +339,8 @@ class Self2Self:
         scale, y = self.recipe.scale, self.y
         if self.clipped is not None:
             degraded = self.forward_operator(torch.as_tensor(restored.mean)[None].to(y))
-            y = y.where(~self.clipped, torch.maximum(y, degraded))
+            believed = (y > degraded) & (y < degraded + MAX_BELOW)
+            y = y.where(~self.clipped | believed, degraded)
         seen = y[0], self.known[0]
         keep_memory(2**26, 2**28)  # of a large picture's tensors there are many
         try:
