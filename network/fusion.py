@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from network.frequencies import wiener
+from network.second import second_estimate
 from network.similar import filter_slabs, noise_levels
 
 BINS = 8  # of the residual's spectrum, along either side
@@ -23,6 +24,7 @@ AROUND = 25  # pixels a side, over which the residual's energy tells what f miss
 # squared error, s^2 the noise's variance and q = s^2 / e:
 SPREAD = 2.2  # e = SPREAD * the predictions' variance
 CAUTION = 0.001  # energy taken for noise = s^2 * (1 + min(1, CAUTION * q^2))
+SECOND = 0.5  # share of the second estimate in the second pass's
 GAIN = 0.3  # of a share l of e that is left, the second pass leaves l * (1 - GAIN * (1 - l))
 
 
@@ -104,6 +106,9 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
     if noise > (LEAST_SIGMA / 255) ** 2:
         left = left * (1 - GAIN * (1 - left))
         best = f
+        # Of white noise there is a second estimate, which owes nothing to the network.
+        blurred = ((power - 1).abs() > 1e-3).any()
+        second = None if blurred else second_estimate(y, noise)[0]
         # Of what a blur has weakened, more is believed the better the estimate is.
         for expected in (mean, mean * left)[: 1 + int((passed > power).any())]:
             inverse = transfer.conj() / bounded(power, noise / expected)
@@ -113,8 +118,11 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
             del inverse
             given = f, variance, restored, noise_levels(left_over)
             slabs, top = [], 0
-            for slab in filter_slabs(pilot, restored, left_over):
-                slabs.append(keep_safer(*slab, top, *given))
+            for estimate, risk in filter_slabs(pilot, restored, left_over):
+                if second is not None:
+                    rows = slice(top, top + estimate.shape[1])
+                    estimate = estimate.lerp(second[:, rows], SECOND)
+                slabs.append(keep_safer(estimate, risk, top, *given))
                 top += slabs[-1].shape[1]
             del restored, given
             pilot = best = torch.cat(slabs, 1)
