@@ -7,18 +7,19 @@ import torch
 from network.similar import ROUNDING, filter_once, two_filters
 
 FIRST = 11, 24  # pixels along a patch's side, patches in a group: the first step
-ROUNDS = 4  # of filtering that follow the first step
+ROUNDS = 4  # of filtering that follow the first step; of a large picture fewer
+FULL = 2**19  # pixels up to which there are that many, so that training takes longer
 GROUPS = (6, 45), (5, 32)  # the same for odd and for even rounds
 KEPT = (
     0.75  # share of the residual that the first round gives back; the last gives none
 )
-DOUBT = 0.15  # variance of a noise-free estimate's error, in units of the noise's
+DOUBT = 0.1  # variance of a noise-free estimate's error, in units of the noise's
 NOISIER = (
     0.5  # standard deviation of the noise that the first step learns to remove more
 )
 
 
-def second_estimate(y, noise, rounds=ROUNDS):
+def second_estimate(y, noise, rounds=None):
     """Estimate a picture from its observation alone, from groups of similar patches.
 
     The first step is that of NL-Ridge (Herbreteau, Kervrann, SIAM J. Imaging Sciences
@@ -36,11 +37,13 @@ def second_estimate(y, noise, rounds=ROUNDS):
         y: observation, (C, H, W), sides of 32 or more; luminance first, where there is
             colour (see fusion.opponent), because patches are compared in the first plane.
         noise: variance of its white noise, the same in all planes; above 0.
-        rounds: M. 0: the first step alone.
+        rounds: M. 0: the first step alone. None: ROUNDS, or as many as the size allows.
 
     Returns:
         The estimate and its risk, an expected squared error; both (C, H, W).
     """
+    if rounds is None:
+        rounds = max(1, min(ROUNDS, ROUNDS * FULL // y[0].numel()))
     first = functools.partial(first_step, level=noise)
     x, risk = _filter(y, y, *FIRST, first)
     share = 1.0

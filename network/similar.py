@@ -101,7 +101,9 @@ def filter_once(pilot, observation, patch, size, estimators):
     rows, columns = (_tiles(n, patch, device) for n in (height, width))
     within = torch.arange(patch, device=device)
     within = (within[:, None] * width + within).flatten()
-    guide = pilot[0].flatten() - 0.5
+    # patches of the guide by their corners, a view
+    count = height * width - (patch - 1) * (width + 1)
+    guide = (pilot[0].flatten() - 0.5).as_strided((count, patch, patch), (1, width, 1))
     planes = list(zip(pilot, observation, estimators))
     # from row `top` on: the weighted sums of estimates and risks, and the weights'
     top, sums = 0, pilot.new_zeros(3, len(pilot), 0, width)
@@ -119,7 +121,7 @@ def filter_once(pilot, observation, patch, size, estimators):
                 (r[down, :, None] * width + c[across, None]).flatten(1)
                 for r, c in zip(rows, columns)
             )
-            corners = _most_similar(guide, references, candidates, within, size)
+            corners = _most_similar(guide, references, candidates, size)
             pixels = corners[..., None] + within  # (groups, k, n)
             places = pixels.flatten() - top * width
             for i, (x, y, estimate) in enumerate(planes):
@@ -147,19 +149,17 @@ def _tiles(size, patch, device):
     return begins, first + torch.arange(span, device=device)
 
 
-def _most_similar(guide, references, candidates, within, size):
+def _most_similar(guide, references, candidates, size):
     """Return the corners of the patches nearest to each reference, itself among them.
 
     Args:
-        guide: (H * W,).
+        guide: its patches by corner, (corners, patch, patch).
         references, candidates: corners by tile, (tiles, ...), as indices of the guide.
-        within: a patch's pixels, from its corner.
         size: patches in a group, at most.
     """
-    ours = guide[references[..., None] + within]
-    theirs = guide[candidates[..., None] + within]
+    ours, theirs = (guide[x].flatten(2) for x in (references, candidates))
     # |ours - theirs|^2, but for what is the same for all candidates
-    distance = theirs.square().sum(2)[:, None] - 2 * ours @ theirs.transpose(1, 2)
+    distance = theirs.norm(dim=2).square()[:, None] - 2 * ours @ theirs.transpose(1, 2)
     distance[candidates[:, None] == references[..., None]] = -math.inf
     nearest = distance.topk(min(size, distance.shape[2]), 2, largest=False)[1]
     candidates = candidates[:, None].expand(-1, references.shape[1], -1)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from skimage import data
 from tensors import random_image, seeded
-from test_similar import by_groups, decibels, naive_filter
+from test_similar import by_groups, decibels, naive_filter, saved
 
-from network import second, similar
+from network import fusion, second, similar
 from network.second import second_estimate
 
 
@@ -76,6 +76,14 @@ def test_few_groups_are_in_memory_at_a_time(monkeypatch):
     torch.testing.assert_close(made, whole, atol=1e-4, rtol=1e-4)
 
 
+def test_a_large_picture_has_fewer_rounds(monkeypatch):
+    _, y = noisy(1, 40, 40)
+    for pixels, rounds in ((1600, 4), (800, 2), (10, 1)):
+        monkeypatch.setattr(second, "FULL", pixels)
+        made, expected = (second_estimate(y, 0.01, m) for m in (None, rounds))
+        torch.testing.assert_close(made, expected, atol=0, rtol=0)
+
+
 def test_rounds_bring_more_than_the_first_step():
     clean = data.camera()[None, 100:196, 200:296].astype(np.float32) / 255
     draws = np.random.default_rng(0).standard_normal(clean.shape, np.float32)
@@ -84,6 +92,15 @@ def test_rounds_bring_more_than_the_first_step():
     first, last = (decibels(x.numpy(), clean) for x, _ in (first, last))
     assert first > decibels(y, clean) + 6
     assert last > first + 0.8
+
+
+def test_a_networks_result_gains_by_it_unless_blurred(monkeypatch):
+    clean, known = saved("denoise")
+    result, _ = fusion.fuse(*known)
+    monkeypatch.setattr(fusion, "SECOND", 0)
+    assert decibels(result, clean) > decibels(fusion.fuse(*known)[0], clean) + 0.1
+    monkeypatch.setattr(fusion, "second_estimate", None)
+    fusion.fuse(*saved("deblur")[1])
 
 
 @pytest.mark.parametrize("sigma", [0.5, 50])
