@@ -24,7 +24,7 @@ AROUND = 25  # pixels a side, over which the residual's energy tells what f miss
 # squared error, s^2 the noise's variance and q = s^2 / e:
 SPREAD = 2.2  # e = SPREAD * the predictions' variance
 CAUTION = 0.001  # energy taken for noise = s^2 * (1 + min(1, CAUTION * q^2))
-SECOND = 0.5  # share of the second estimate in the second pass's
+SECOND = 0.5  # share of the second estimate in its mean with the second pass's
 GAIN = 0.3  # of a share l of e that is left, the second pass leaves l * (1 - GAIN * (1 - l))
 
 
@@ -58,7 +58,9 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
 
     A second pass over similar patches follows: see `similar.filter_slabs`. Its
     observation is y, or under a blur f + r / A's transfer function, and with the result
-    in f's place once more. Where the pass risks more than f errs, f is kept: see `keep_safer`.
+    in f's place once more. Where nothing is blurred, its mean with `second_estimate` is
+    taken, which knows y alone and so errs differently. Where the pass risks more than f
+    errs, f is kept: see `keep_safer`.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
@@ -108,7 +110,7 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
         best = f
         # Of white noise there is a second estimate, which owes nothing to the network.
         blurred = ((power - 1).abs() > 1e-3).any()
-        second = None if blurred else second_estimate(y, noise)[0]
+        second = None if blurred else second_estimate(y, noise)
         # Of what a blur has weakened, more is believed the better the estimate is.
         for expected in (mean, mean * left)[: 1 + int((passed > power).any())]:
             inverse = transfer.conj() / bounded(power, noise / expected)
