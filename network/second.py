@@ -8,7 +8,7 @@ from network.similar import ROUNDING, filter_once, two_filters
 
 FIRST = 11, 24  # pixels along a patch's side, patches in a group: the first step
 ROUNDS = 4  # of filtering that follow the first step; of a large picture fewer
-FULL = 2**19  # pixels up to which there are that many, so that training takes longer
+FULL = 2**18  # pixels up to which there are that many, so that training takes longer
 GROUPS = (6, 45), (5, 32)  # the same for odd and for even rounds
 KEPT = 0.75  # share of the residual y - x that is given back, falling to 0
 DOUBT = 0.1  # variance of x's error, in units of the noise's
