@@ -19,13 +19,39 @@ def naive_filter(pilot, y, noise, patch, size, gain):
 
     The noise is by frequency, (H, W // 2 + 1).
     """
-    height, width = y.shape
     shared = np.fft.irfft2(noise, y.shape)
     pixels = [(a, b) for a in range(patch) for b in range(patch)]
     covariance = np.array(
         [[shared[a - c, b - d] for c, d in pixels] for a, b in pixels]
     )
     level, n = np.sqrt((noise**2).mean()), patch**2
+
+    def two_filters(x, z):
+        k = len(x)
+        centred = x - x.mean()
+        gram = gain * centred @ centred.T
+        t = np.linalg.solve(gram + n * level * np.eye(k), gram)
+        ridge = z.mean() + t @ (z - z.mean())
+        lost = ((centred - t @ centred) ** 2).mean(1)
+        left = np.maximum((t**2).sum(1), 1 / k)
+        centred = x - x.mean(0)
+        gram = gain * centred.T @ centred
+        w = np.linalg.solve(gram + k * covariance, gram)
+        wiener = z.mean(0) + (z - z.mean(0)) @ w
+        lost = (lost + ((centred - centred @ w) ** 2).mean(1)) / 2
+        left = (left + np.trace(w.T @ covariance @ w) / n / level + 1 / k) / 2
+        return (ridge + wiener) / 2, left, level * left / 2 + lost
+
+    return by_groups(pilot, y, patch, size, two_filters)
+
+
+def by_groups(pilot, y, patch, size, estimate):
+    """Estimate a plane and its risk group by group; see similar.filter_once.
+
+    Of a group's patches x of the pilot and z of y, (k, n), `estimate` returns estimates
+    (k, n), and for each of them the noise left in it and its risk.
+    """
+    height, width = y.shape
     stride = patch // 2 + 1
     count = similar.TILE // stride
     total, risk, weights = np.zeros((3, *y.shape))
@@ -52,25 +78,11 @@ def naive_filter(pilot, y, noise, patch, size, gain):
             corners = corners[:size]
             assert corners[0] == (i, j)
             x, z = (np.stack([at(image, *c) for c in corners]) for image in (pilot, y))
-            k = len(x)
-            centred = x - x.mean()
-            gram = gain * centred @ centred.T
-            t = np.linalg.solve(gram + n * level * np.eye(k), gram)
-            ridge = z.mean() + t @ (z - z.mean())
-            lost = ((centred - t @ centred) ** 2).mean(1)
-            left = np.maximum((t**2).sum(1), 1 / k)
-            centred = x - x.mean(0)
-            gram = gain * centred.T @ centred
-            w = np.linalg.solve(gram + k * covariance, gram)
-            wiener = z.mean(0) + (z - z.mean(0)) @ w
-            lost = (lost + ((centred - centred @ w) ** 2).mean(1)) / 2
-            left = (left + np.trace(w.T @ covariance @ w) / n / level + 1 / k) / 2
-            estimates = (ridge + wiener) / 2
-            for (a, b), *values in zip(corners, estimates, left, lost):
-                estimate, kept, bias = values
+            for (a, b), *values in zip(corners, *estimate(x, z)):
+                estimated, kept, risked = values
                 place = slice(a, a + patch), slice(b, b + patch)
-                total[place] += estimate.reshape(patch, patch) / kept
-                risk[place] += (level * kept / 2 + bias) / kept
+                total[place] += estimated.reshape(patch, patch) / kept
+                risk[place] += risked / kept
                 weights[place] += 1 / kept
     return total / weights, risk / weights
 
@@ -176,6 +188,7 @@ def decibels(image, clean):
 
 @pytest.mark.parametrize("task", ["denoise", "deblur"])
 def test_a_networks_result_gains_by_the_pass(task, monkeypatch):
+    monkeypatch.setattr(noisy, "SECOND", 0)
     clean, known = saved(task)
     result, predicted = noisy.fuse_noisy(*known)
     monkeypatch.setattr(noisy, "filter_slabs", without_pass)

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from network.fusing.residual import wiener
+from network.fusing.second import second_estimate
 from network.fusing.similar import filter_slabs, noise_levels
 
 BINS = 8  # of the residual's spectrum, along either side
@@ -23,6 +24,7 @@ AROUND = 25  # pixels a side, over which the residual's energy tells what f miss
 # squared error, s^2 the noise's variance and q = s^2 / e:
 SPREAD = 2.2  # e = SPREAD * the predictions' variance
 CAUTION = 0.001  # energy taken for noise = s^2 * (1 + min(1, CAUTION * q^2))
+SECOND = 0.5  # share of the second estimate in its mean with the second pass's
 GAIN = 0.3  # of a share l of e that is left, the second pass leaves l * (1 - GAIN * (1 - l))
 
 
@@ -56,7 +58,9 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
 
     A second pass over similar patches follows: see `similar.filter_slabs`. Its
     observation is y, or under a blur f + r / A's transfer function, and with the result
-    in f's place once more. Where the pass risks more than f errs, f is kept: see `keep_safer`.
+    in f's place once more. Where nothing is blurred, its mean with `second_estimate` is
+    taken, which knows y alone and so errs differently. Where the pass risks more than f
+    errs, f is kept: see `keep_safer`.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
@@ -76,7 +80,9 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     """
     y = torch.as_tensor(observation, dtype=torch.float32)
     f, variance, known = (torch.as_tensor(x).to(y) for x in (ensemble, variance, known))
-    size = y.shape[1:]
+    size, share = y.shape[1:], known.mean().item()
+    y = torch.where(known > 0, y, forward_operator(f[None])[0])
+    known = known.amax(0, keepdim=True)
     planes = opponent(y)
     y, f = (torch.tensordot(planes, x, 1) for x in (y, f))
     # No array is kept that is not needed again: of large pictures memory is short.
@@ -88,9 +94,9 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
     if sigma is None:
-        noise = (residual**2).mean().item() / known.mean().item()
+        noise = (residual**2).mean().item() / share
     else:
-        noise = quiet_energy(residual) / known.mean() - mean.mean() * power.mean()
+        noise = quiet_energy(residual) / share - mean.mean() * power.mean()
         noise = max((sigma / 255) ** 2, noise.item())
     passed = bounded(power, noise / mean)
     ratio = noise * (1 / passed).mean((1, 2), keepdim=True) / mean
@@ -104,6 +110,9 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     if noise > (LEAST_SIGMA / 255) ** 2:
         left = left * (1 - GAIN * (1 - left))
         best = f
+        # Of white noise there is a second estimate, which owes nothing to the network.
+        blurred = ((power - 1).abs() > 1e-3).any()
+        second = None if blurred else second_estimate(y, noise)
         # Of what a blur has weakened, more is believed the better the estimate is.
         for expected in (mean, mean * left)[: 1 + int((passed > power).any())]:
             inverse = transfer.conj() / bounded(power, noise / expected)
@@ -113,8 +122,11 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
             del inverse
             given = f, variance, restored, noise_levels(left_over)
             slabs, top = [], 0
-            for slab in filter_slabs(pilot, restored, left_over):
-                slabs.append(keep_safer(*slab, top, *given))
+            for estimate, risk in filter_slabs(pilot, restored, left_over):
+                if second is not None:
+                    rows = slice(top, top + estimate.shape[1])
+                    estimate = estimate.lerp(second[:, rows], SECOND)
+                slabs.append(keep_safer(estimate, risk, top, *given))
                 top += slabs[-1].shape[1]
             del restored, given
             pilot = best = torch.cat(slabs, 1)

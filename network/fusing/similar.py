@@ -1,5 +1,6 @@
 """A second pass: a picture's similar patches, filtered together."""
 
+import functools
 import math
 
 import torch
@@ -55,12 +56,19 @@ def filter_slabs(pilot, observation, noise, times=None):
     noise = torch.as_tensor(noise).to(pilot).expand(planes, height, width // 2 + 1)
     sigma = 255 * noise[:, 0, 0].mean().sqrt().item()  # where pictures' energy is
     patch, size, gain, rounds_of_level = GROUPS[max(k for k in GROUPS if k <= sigma)]
-    covariances = [_covariance(plane, (height, width), patch) for plane in noise]
-    settings = noise_levels(noise), covariances, patch, size, gain
+    estimators = [
+        functools.partial(
+            two_filters,
+            level=level,
+            covariance=_covariance(plane, (height, width), patch),
+            gain=gain,
+        )
+        for level, plane in zip(noise_levels(noise), noise)
+    ]
     for _ in range((times or rounds_of_level) - 1):
-        rounds = _filter_once(pilot, observation, *settings)
+        rounds = filter_once(pilot, observation, patch, size, estimators)
         pilot = torch.cat([estimate for estimate, _ in rounds], 1)
-    yield from _filter_once(pilot, observation, *settings)
+    yield from filter_once(pilot, observation, patch, size, estimators)
 
 
 def noise_levels(noise):
@@ -80,14 +88,23 @@ def _covariance(noise, size, patch):
     return shared[down, across]
 
 
-def _filter_once(pilot, observation, levels, covariances, patch, size, gain):
-    """Yield estimates and risks of one filtering; settings: see GROUPS."""
+def filter_once(pilot, observation, patch, size, estimators):
+    """Yield estimates and risks of one filtering, as filter_slabs does.
+
+    Args:
+        pilot, observation: (C, H, W).
+        patch, size: a patch's side in pixels, and how many patches a group has.
+        estimators: one for each plane. It gets the groups of the pilot and of the
+            observation, both (groups, k, n), and returns what two_filters does.
+    """
     (height, width), device = pilot.shape[1:], pilot.device
     rows, columns = (_tiles(n, patch, device) for n in (height, width))
     within = torch.arange(patch, device=device)
     within = (within[:, None] * width + within).flatten()
-    guide = pilot[0].flatten() - 0.5
-    planes = list(zip(pilot, observation, levels, covariances))
+    # patches of the guide by their corners, a view
+    count = height * width - (patch - 1) * (width + 1)
+    guide = (pilot[0].flatten() - 0.5).as_strided((count, patch, patch), (1, width, 1))
+    planes = list(zip(pilot, observation, estimators))
     # from row `top` on: the weighted sums of estimates and risks, and the weights'
     top, sums = 0, pilot.new_zeros(3, len(pilot), 0, width)
     for band in torch.arange(len(rows[0])).split(max(1, TILES // len(columns[0]))):
@@ -104,12 +121,12 @@ def _filter_once(pilot, observation, levels, covariances, patch, size, gain):
                 (r[down, :, None] * width + c[across, None]).flatten(1)
                 for r, c in zip(rows, columns)
             )
-            corners = _most_similar(guide, references, candidates, within, size)
+            corners = _most_similar(guide, references, candidates, size)
             pixels = corners[..., None] + within  # (groups, k, n)
             places = pixels.flatten() - top * width
-            for i, (x, y, *noise) in enumerate(planes):
+            for i, (x, y, estimate) in enumerate(planes):
                 x, y = x.flatten()[pixels], y.flatten()[pixels]
-                for total, value in zip(sums[:, i], _estimate(x, y, *noise, gain)):
+                for total, value in zip(sums[:, i], estimate(x, y)):
                     value = value.expand_as(x).flatten()
                     total.view(-1).index_add_(0, places, value)
     yield _means(sums)
@@ -132,26 +149,24 @@ def _tiles(size, patch, device):
     return begins, first + torch.arange(span, device=device)
 
 
-def _most_similar(guide, references, candidates, within, size):
+def _most_similar(guide, references, candidates, size):
     """Return the corners of the patches nearest to each reference, itself among them.
 
     Args:
-        guide: (H * W,).
+        guide: its patches by corner, (corners, patch, patch).
         references, candidates: corners by tile, (tiles, ...), as indices of the guide.
-        within: a patch's pixels, from its corner.
         size: patches in a group, at most.
     """
-    ours = guide[references[..., None] + within]
-    theirs = guide[candidates[..., None] + within]
+    ours, theirs = (guide[x].flatten(2) for x in (references, candidates))
     # |ours - theirs|^2, but for what is the same for all candidates
-    distance = theirs.square().sum(2)[:, None] - 2 * ours @ theirs.transpose(1, 2)
+    distance = theirs.norm(dim=2).square()[:, None] - 2 * ours @ theirs.transpose(1, 2)
     distance[candidates[:, None] == references[..., None]] = -math.inf
     nearest = distance.topk(min(size, distance.shape[2]), 2, largest=False)[1]
     candidates = candidates[:, None].expand(-1, references.shape[1], -1)
     return candidates.gather(2, nearest).flatten(0, 1)
 
 
-def _estimate(x, y, level, covariance, gain):
+def two_filters(x, y, level, covariance, gain=1):
     """Return a group's estimate (groups, k, n) and risk, times their weight, and that.
 
     The weight is the inverse of the noise left in a patch, in units of the level's,
