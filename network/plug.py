@@ -1,0 +1,65 @@
+"""Plug and play: a blur's inverse and the filter of similar patches, in turn."""
+
+import torch
+
+from network.similar import filter_slabs
+
+ROUNDS = 12
+ENTRIES = 2**24  # filtered in all rounds together, for a large picture's time's sake
+# Error that the estimate is taken to have, in the first and the last round, in units of
+# the ensemble's predicted one. It falls geometrically.
+FIRST, LAST = 2.0, 1.0
+MOMENTUM = 0.8  # of its last move, which an estimate is moved on by before a round
+SHARE = 0.9  # of an inverse's expected error, which the filter takes for noise
+LEAST_RATIO = 1e-6  # of noise and error: float32 inverts no blur that leaves less power
+
+
+def refine(start, error, observation, known, noise, transfer):
+    """Refine a deblurred picture by half-quadratic splitting.
+
+    A round moves the estimate z on, with momentum, and then alternates
+
+        x = argmin |A x - y|^2 / s^2 + |x - z|^2 / e
+        z = the filter of similar patches, of x, with z as the pilot
+
+    With the transfer function H of A, the expected squared error of x in a frequency is
+    s^2 / (|H|^2 + s^2 / e), which colours the noise that the filter is told. A filter in
+    the place of a prior: Venkatakrishnan et al., GlobalSIP 2013; a falling e: Zhang et
+    al., TPAMI 2021. Where y is unknown A z stands in its place.
+
+    Args:
+        start: the first z, by plane, (C, H, W).
+        error: expected squared error of the ensemble by plane, (C, 1, 1); e begins above
+            it and falls below.
+        observation: y, by plane, (C, H, W).
+        known: 1 where y is known, else 0; (C, H, W) or (1, H, W).
+        noise: s^2, variance of y's white noise.
+        transfer: H, as torch.fft.rfft2 has it, (C, H, W // 2 + 1).
+
+    Returns:
+        The mean of the last x and z, (C, H, W).
+    """
+    power = transfer.abs() ** 2
+    z = before = start
+    rounds = min(ROUNDS, max(1, ENTRIES // start.numel()))
+    left = noise / (FIRST**2 * error * power + noise)
+    left = left.mean((1, 2), keepdim=True)
+    share, last = SHARE * (1 - left) ** 0.5, LAST * left**2
+    for place in torch.linspace(0, 1, rounds).tolist():
+        z, before = z + MOMENTUM * (z - before), z
+        deviation = FIRST * (last / FIRST) ** place
+        ratio = (noise / (error * deviation**2)).clamp(min=LEAST_RATIO)
+        x = known * (observation - convolve(z, transfer))
+        x = z + convolve(x, transfer.conj() / (power + ratio))
+        uncertain = share * noise / (power + ratio)
+        z = torch.cat([rows for rows, _ in filter_slabs(z, x, uncertain, 1)], 1)
+    return (x + z) / 2
+
+
+def convolve(images, transfers):
+    """Convolve planes (C, H, W) circularly, with the transforms of what is given."""
+    size = images.shape[1:]
+    pairs = zip(images, transfers)  # one by one, for memory's sake
+    return torch.stack(
+        [torch.fft.irfft2(torch.fft.rfft2(x) * h, s=size) for x, h in pairs]
+    )
