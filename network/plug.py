@@ -4,14 +4,12 @@ import torch
 
 from network.similar import filter_slabs
 
-ROUNDS = 12
-ENTRIES = 2**24  # filtered in all rounds together, for a large picture's time's sake
-# Error that the estimate is taken to have, in the first and the last round, in units of
-# the ensemble's predicted one. It falls geometrically.
-FIRST, LAST = 2.0, 1.0
-MOMENTUM = 0.8  # of its last move, which an estimate is moved on by before a round
-SHARE = 0.9  # of an inverse's expected error, which the filter takes for noise
-LEAST_RATIO = 1e-6  # of noise and error: float32 inverts no blur that leaves less power
+ROUNDS, LEAST_ROUNDS = 12, 3
+ENTRIES = 2**24  # filtered in all rounds together, so that training takes longer
+FIRST = 2.0  # deviation that z is taken to have in the first round, over the ensemble's
+MOMENTUM = 0.8  # share of its last move that z moves on by before a round
+NEW, MOST_GAIN = 0.9, 3.0  # see refine
+LEAST_RATIO = 1e-6  # of noise and error; float32 cannot divide by less power
 
 
 def refine(start, error, observation, known, noise, transfer):
@@ -41,18 +39,19 @@ def refine(start, error, observation, known, noise, transfer):
     """
     power = transfer.abs() ** 2
     z = before = start
-    rounds = min(ROUNDS, max(1, ENTRIES // start.numel()))
-    left = noise / (FIRST**2 * error * power + noise)
-    left = left.mean((1, 2), keepdim=True)
-    share, last = SHARE * (1 - left) ** 0.5, LAST * left**2
+    rounds = min(ROUNDS, max(LEAST_ROUNDS, ENTRIES // start.numel()))
+    left = (noise / (FIRST**2 * error[0] * power[0] + noise)).mean().item()
+    gain = min(MOST_GAIN, max(1, 1 / (NEW * (1 - left) ** 0.5 + 1e-6)))
+    last = left**2
     for place in torch.linspace(0, 1, rounds).tolist():
         z, before = z + MOMENTUM * (z - before), z
         deviation = FIRST * (last / FIRST) ** place
         ratio = (noise / (error * deviation**2)).clamp(min=LEAST_RATIO)
         x = known * (observation - convolve(z, transfer))
         x = z + convolve(x, transfer.conj() / (power + ratio))
-        uncertain = share * noise / (power + ratio)
-        z = torch.cat([rows for rows, _ in filter_slabs(z, x, uncertain, 1)], 1)
+        uncertain = noise / (power + ratio)
+        slabs = filter_slabs(z, x, uncertain, 1, gain)
+        z = torch.cat([rows for rows, _ in slabs], 1)
     return (x + z) / 2
 
 

@@ -8,11 +8,12 @@ from torch.nn import functional as F
 REACH = 18  # pixels from a patch within which similar ones are looked for
 TILE = 16  # pixels a side: the patches of a tile look at the same ones
 ROUNDING = 3e-6  # of a group's energy, in float32
+VISIBLE = 8  # times a group's energy over the noise's: how far it is detail
 TILES = 64  # worked on at a time, for memory's sake
 
 # From these sigmas (0-255 scale) on: side of a patch in pixels; patches in a group; what
-# the pilot's Gram matrix is multiplied by, because the pilot is smoother than the truth;
-# how often all is done, each time with the last estimate as the pilot.
+# the pilot's Gram matrix is multiplied by in detail, because the pilot is smoother than the
+# truth; how often all is done, each time with the last estimate as the pilot.
 GROUPS = {0: (6, 45, 1, 2), 12: (6, 45, 1.5, 2), 20: (8, 80, 2, 1)}
 
 
@@ -22,7 +23,7 @@ def filter_groups(pilot, observation, noise, times=None):
     return [torch.cat(slab, 1) for slab in slabs]
 
 
-def filter_slabs(pilot, observation, noise, times=None):
+def filter_slabs(pilot, observation, noise, times=None, gain=None):
     """Estimate a picture from groups of similar patches, given a first estimate of it.
 
     A group has k patches of n pixels: X of the pilot, (k, n), and Y of the observation,
@@ -46,6 +47,7 @@ def filter_slabs(pilot, observation, noise, times=None):
         noise: variance of the observation's noise; above 0. A number, or by frequency,
             as torch.fft.rfft2 has them, (C, H, W // 2 + 1).
         times: how often all is done; None: as GROUPS has it.
+        gain: what a Gram matrix is multiplied by, in detail; None: likewise.
 
     Yields:
         The second estimate and its risk, an expected squared error, of some rows, both
@@ -54,9 +56,9 @@ def filter_slabs(pilot, observation, noise, times=None):
     planes, height, width = pilot.shape
     noise = torch.as_tensor(noise).to(pilot).expand(planes, height, width // 2 + 1)
     sigma = 255 * noise[:, 0, 0].mean().sqrt().item()  # where pictures' energy is
-    patch, size, gain, rounds_of_level = GROUPS[max(k for k in GROUPS if k <= sigma)]
+    patch, size, usual, rounds_of_level = GROUPS[max(k for k in GROUPS if k <= sigma)]
     covariances = [_covariance(plane, (height, width), patch) for plane in noise]
-    settings = noise_levels(noise), covariances, patch, size, gain
+    settings = noise_levels(noise), covariances, patch, size, gain or usual
     for _ in range((times or rounds_of_level) - 1):
         rounds = _filter_once(pilot, observation, *settings)
         pilot = torch.cat([estimate for estimate, _ in rounds], 1)
@@ -159,6 +161,9 @@ def _estimate(x, y, level, covariance, gain):
     """
     (k, n), mean = x.shape[1:], y.mean((1, 2), keepdim=True)
     centred, z = x - x.mean((1, 2), keepdim=True), y - mean
+    # In flat groups the pilot has waves that noise has left, and no more than the truth.
+    energy = VISIBLE * centred.square().mean((1, 2), keepdim=True)
+    gain = gain ** (energy / (energy + level))
     half = _solve(centred, n * level / gain * torch.eye(n).to(x), centred.mT)
     ridge = centred @ (half @ z) + mean
     left = (centred @ (half @ half.mT) * centred).sum(2).clamp(min=1 / k)
