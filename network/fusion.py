@@ -105,11 +105,12 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
     left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
     left = left.mean((1, 2), keepdim=True)
     del passed
+    expected = SPREAD * left * variance
     if (power < UNBLURRED).any():
         if noise > (LEAST_BLURRED / 255) ** 2:
-            pilot = refine(pilot, mean, y, known, noise, transfer)
+            pilot, expected = refine(pilot, mean, y, known, noise, transfer)
     elif noise > (LEAST_SIGMA / 255) ** 2:
-        left = left * (1 - GAIN * (1 - left))
+        expected *= 1 - GAIN * (1 - left)
         restored = f + convolve(
             known * (y - forward_operator(f[None])[0]), transfer.conj()
         )
@@ -120,8 +121,7 @@ def fuse(ensemble, variance, observation, known, sigma, forward_operator):
             top += slabs[-1].shape[1]
         pilot = torch.cat(slabs, 1)
     fused = torch.tensordot(planes.T, pilot, 1)
-    # of planes that err independently
-    error = torch.tensordot(planes.T**2 * (SPREAD * left).flatten(), variance, 1)
+    error = torch.tensordot(planes.T**2, expected, 1)  # planes err independently
     return fused.cpu().numpy(), error.cpu().numpy()
 
 

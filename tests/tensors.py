@@ -49,6 +49,11 @@ def without_pass(pilot, *_):
     yield pilot, torch.zeros_like(pilot)
 
 
+def without_rounds(start, *_):
+    """In the place of plug.refine: the start, without an error."""
+    return start, torch.zeros_like(start)
+
+
 def begun(y, operator=identity, known=None, weights=None, seed=0, device="cpu", **to):
     """A learner of y, in y's own units; `to` changes its recipe, `paper`."""
     recipe = replace(RECIPES["paper"], **{"lr": 1e-3, "photons": None} | to)
