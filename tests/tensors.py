@@ -53,6 +53,11 @@ def without_pass(pilot, *_):
     yield pilot, torch.zeros_like(pilot)
 
 
+def without_rounds(start, *_):
+    """In the place of plug.refine: the start, without an error."""
+    return start, torch.zeros_like(start)
+
+
 class Small(nn.Module):
     """Another network: no sigmoid, no last bias, normalisation, a weight without use."""
 

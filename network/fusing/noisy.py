@@ -3,9 +3,10 @@
 import torch
 from torch.nn import functional as F
 
+from network.fusing.plug import convolve, refine
 from network.fusing.residual import wiener
 from network.fusing.second import second_estimate
-from network.fusing.similar import filter_slabs, noise_levels
+from network.fusing.similar import filter_slabs
 
 BINS = 8  # of the residual's spectrum, along either side
 QUIET_SHARE = 0.25  # share of its bins taken to hold hardly anything but noise
@@ -17,7 +18,9 @@ LEAST_POWER = 1e-4
 # to this many times the ensemble's error.
 AMPLIFICATION = 12
 
-LEAST_SIGMA = 0.5  # noise, 0-255 scale, up to which there is no second pass
+UNBLURRED = 0.999  # power that every frequency keeps where nothing is blurred
+# Noise, 0-255 scale, up to which there is no second pass; and under a blur.
+LEAST_SIGMA, LEAST_BLURRED = 0.5, 0.1
 AROUND = 25  # pixels a side, over which the residual's energy tells what f missed
 
 # Measured on crops of House, Peppers and kodim01, sigma 10 to 50. With e the ensemble's
@@ -107,36 +110,31 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     del residual
     left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
     left = left.mean((1, 2), keepdim=True)
-    if noise > (LEAST_SIGMA / 255) ** 2:
-        left = left * (1 - GAIN * (1 - left))
-        best = f
-        # Of white noise there is a second estimate, which owes nothing to the network.
-        blurred = ((power - 1).abs() > 1e-3).any()
-        second = None if blurred else second_estimate(y, noise)
-        # Of what a blur has weakened, more is believed the better the estimate is.
-        for expected in (mean, mean * left)[: 1 + int((passed > power).any())]:
-            inverse = transfer.conj() / bounded(power, noise / expected)
-            restored = convolve(known * (y - forward_operator(best[None])[0]), inverse)
-            restored += best
-            left_over = noise * inverse.abs() ** 2
-            del inverse
-            given = f, variance, restored, noise_levels(left_over)
-            slabs, top = [], 0
-            for estimate, risk in filter_slabs(pilot, restored, left_over):
-                if second is not None:
-                    rows = slice(top, top + estimate.shape[1])
-                    estimate = estimate.lerp(second[:, rows], SECOND)
-                slabs.append(keep_safer(estimate, risk, top, *given))
-                top += slabs[-1].shape[1]
-            del restored, given
-            pilot = best = torch.cat(slabs, 1)
+    del passed
+    expected = SPREAD * left * variance
+    if (power < UNBLURRED).any():
+        if noise > (LEAST_BLURRED / 255) ** 2:
+            pilot, expected = refine(pilot, mean, y, known, noise, transfer)
+    elif noise > (LEAST_SIGMA / 255) ** 2:
+        expected *= 1 - GAIN * (1 - left)
+        second = second_estimate(y, noise)
+        restored = f + convolve(
+            known * (y - forward_operator(f[None])[0]), transfer.conj()
+        )
+        given = f, variance, restored, noise
+        slabs, top = [], 0
+        for estimate, risk in filter_slabs(pilot, restored, noise):
+            rows = slice(top, top + estimate.shape[1])
+            estimate = estimate.lerp(second[:, rows], SECOND)
+            slabs.append(keep_safer(estimate, risk, top, *given))
+            top = rows.stop
+        pilot = torch.cat(slabs, 1)
     fused = torch.tensordot(planes.T, pilot, 1)
-    # of planes that err independently
-    error = torch.tensordot(planes.T**2 * (SPREAD * left).flatten(), variance, 1)
+    error = torch.tensordot(planes.T**2, expected, 1)  # planes err independently
     return fused.cpu().numpy(), error.cpu().numpy()
 
 
-def keep_safer(estimate, risk, top, f, variance, restored, levels):
+def keep_safer(estimate, risk, top, f, variance, restored, level):
     """Take f in a slab where the second pass risks more than f errs.
 
     How much f errs its predictions' variance tells, or the energy nearby of what the
@@ -146,7 +144,7 @@ def keep_safer(estimate, risk, top, f, variance, restored, levels):
         estimate, risk: of the pass, (C, rows, W), from row `top` on.
         f, variance, restored: the ensemble, its predictions' variance and the pass's
             observation, (C, H, W).
-        levels: variance of that one's noise, (C,).
+        level: variance of that one's noise.
     """
     bottom, edge = top + estimate.shape[1], AROUND // 2
     first = max(0, top - edge)
@@ -154,7 +152,7 @@ def keep_safer(estimate, risk, top, f, variance, restored, levels):
     energy = torch.sub(*near) ** 2
     missed = F.avg_pool2d(energy, AROUND, 1, edge, count_include_pad=False)
     rows, within = slice(top, bottom), slice(top - first, bottom - first)
-    missed = missed[:, within] - levels[:, None, None]
+    missed = missed[:, within] - level
     ratio = risk / torch.maximum(SPREAD * variance[:, rows], missed).clamp(min=1e-12)
     return estimate.lerp(f[:, rows], ratio**2 / (1 + ratio**2))
 
@@ -163,15 +161,6 @@ def bounded(power, noise_over_error):
     """Bound from below what is divided by, the power that a blur has left: (C, H, W')."""
     least = (noise_over_error / AMPLIFICATION).clamp(min=LEAST_POWER, max=1)
     return torch.maximum(power, least)
-
-
-def convolve(images, transfers):
-    """Convolve planes (C, H, W) circularly, with the transforms of what is given."""
-    size = images.shape[1:]
-    pairs = zip(images, transfers)  # one by one, for memory's sake
-    return torch.stack(
-        [torch.fft.irfft2(torch.fft.rfft2(x) * h, s=size) for x, h in pairs]
-    )
 
 
 def quiet_energy(residual):

@@ -9,11 +9,12 @@ from torch.nn import functional as F
 REACH = 18  # pixels from a patch within which similar ones are looked for
 TILE = 16  # pixels a side: the patches of a tile look at the same ones
 ROUNDING = 3e-6  # of a group's energy, in float32
+VISIBLE = 8  # times a group's energy over the noise's: how far it is detail
 TILES = 64  # worked on at a time, for memory's sake
 
 # From these sigmas (0-255 scale) on: side of a patch in pixels; patches in a group; what
-# the pilot's Gram matrix is multiplied by, because the pilot is smoother than the truth;
-# how often all is done, each time with the last estimate as the pilot.
+# the pilot's Gram matrix is multiplied by in detail, because the pilot is smoother than the
+# truth; how often all is done, each time with the last estimate as the pilot.
 GROUPS = {0: (6, 45, 1, 2), 12: (6, 45, 1.5, 2), 20: (8, 80, 2, 1)}
 
 
@@ -23,7 +24,7 @@ def filter_groups(pilot, observation, noise, times=None):
     return [torch.cat(slab, 1) for slab in slabs]
 
 
-def filter_slabs(pilot, observation, noise, times=None):
+def filter_slabs(pilot, observation, noise, times=None, gain=None):
     """Estimate a picture from groups of similar patches, given a first estimate of it.
 
     A group has k patches of n pixels: X of the pilot, (k, n), and Y of the observation,
@@ -47,6 +48,7 @@ def filter_slabs(pilot, observation, noise, times=None):
         noise: variance of the observation's noise; above 0. A number, or by frequency,
             as torch.fft.rfft2 has them, (C, H, W // 2 + 1).
         times: how often all is done; None: as GROUPS has it.
+        gain: what a Gram matrix is multiplied by, in detail; None: likewise.
 
     Yields:
         The second estimate and its risk, an expected squared error, of some rows, both
@@ -55,13 +57,13 @@ def filter_slabs(pilot, observation, noise, times=None):
     planes, height, width = pilot.shape
     noise = torch.as_tensor(noise).to(pilot).expand(planes, height, width // 2 + 1)
     sigma = 255 * noise[:, 0, 0].mean().sqrt().item()  # where pictures' energy is
-    patch, size, gain, rounds_of_level = GROUPS[max(k for k in GROUPS if k <= sigma)]
+    patch, size, usual, rounds_of_level = GROUPS[max(k for k in GROUPS if k <= sigma)]
     estimators = [
         functools.partial(
             two_filters,
             level=level,
             covariance=_covariance(plane, (height, width), patch),
-            gain=gain,
+            gain=gain or usual,
         )
         for level, plane in zip(noise_levels(noise), noise)
     ]
@@ -174,6 +176,9 @@ def two_filters(x, y, level, covariance, gain=1):
     """
     (k, n), mean = x.shape[1:], y.mean((1, 2), keepdim=True)
     centred, z = x - x.mean((1, 2), keepdim=True), y - mean
+    # In flat groups the pilot has waves that noise has left, and no more than the truth.
+    energy = VISIBLE * centred.square().mean((1, 2), keepdim=True)
+    gain = gain ** (energy / (energy + level))
     half = _solve(centred, n * level / gain * torch.eye(n).to(x), centred.mT)
     ridge = centred @ (half @ z) + mean
     left = (centred @ (half @ half.mT) * centred).sum(2).clamp(min=1 / k)

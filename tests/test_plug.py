@@ -1,0 +1,70 @@
+"""Plug and play's rounds against dense algebra, and what they come to."""
+
+import numpy as np
+import pytest
+import torch
+from tensors import random_image
+
+from deblur import CircularBlur
+from network.fusing import plug
+
+PSF = np.array([[0, 0.05, 0.0], [0.1, 0.6, 0.15], [0.0, 0.1, 0.0]])
+SIZE = 9, 8
+
+
+def transfer():
+    impulse = torch.zeros(1, 1, *SIZE)
+    impulse[..., 0, 0] = 1
+    return torch.fft.rfft2(CircularBlur(PSF)(impulse)[0])
+
+
+def dense():
+    pixels = torch.eye(SIZE[0] * SIZE[1]).view(-1, 1, *SIZE)
+    return CircularBlur(PSF)(pixels).flatten(1).T.double()
+
+
+@pytest.mark.parametrize("known", ["all", "some"])
+def test_a_round_inverts_the_blur_as_a_dense_solve_does(known, monkeypatch):
+    """One round; the filter's place is taken by one that gives all it is told."""
+    told = []
+
+    def keep(z, x, noise, *_):
+        told.append((z, x, noise))
+        yield x, torch.ones_like(x)
+
+    monkeypatch.setattr(plug, "filter_slabs", keep)
+    monkeypatch.setattr(plug, "ROUNDS", 1)
+    monkeypatch.setattr(plug, "LEAST_ROUNDS", 1)
+    start, y = random_image(1, *SIZE, seed=1), random_image(1, *SIZE)
+    seen = torch.ones(1, *SIZE)
+    if known == "some":
+        seen[:, 2:4, 3:6] = 0
+    noise, error = 1e-4, torch.full((1, 1, 1), 1e-3)
+    result, _ = plug.refine(start, error, y, seen, noise, transfer())
+    matrix, z = dense(), start.flatten().double()
+    target = torch.where(seen.flatten() > 0, y.flatten().double(), matrix @ z)
+    ratio = noise / (plug.FIRST**2 * error.item())
+    system = matrix.T @ matrix + ratio * torch.eye(len(z))
+    expected = torch.linalg.solve(system, matrix.T @ target + ratio * z)
+    np.testing.assert_allclose(told[0][1].flatten(), expected, atol=1e-5)
+    np.testing.assert_allclose(result.flatten(), expected, atol=1e-5)
+    # the filter is told the posterior's variance
+    inverse = torch.linalg.inv(system).trace() * noise / len(z)
+    spread = torch.fft.irfft2(told[0][2], s=SIZE)[0, 0, 0]
+    assert spread.item() == pytest.approx(inverse.item(), rel=1e-4)
+
+
+def test_large_pictures_have_fewer_rounds(monkeypatch):
+    rounds = []
+
+    def count(z, x, *_):
+        rounds.append(1)
+        yield x, torch.ones_like(x)
+
+    monkeypatch.setattr(plug, "filter_slabs", count)
+    z = random_image(1, *SIZE)
+    for entries, expected in ((72 * 20, plug.ROUNDS), (72 * 5, 5), (1, 3)):
+        monkeypatch.setattr(plug, "ENTRIES", entries)
+        rounds.clear()
+        plug.refine(z, torch.full((1, 1, 1), 1e-3), z, 1, 1e-4, transfer())
+        assert len(rounds) == expected
