@@ -36,7 +36,7 @@ def refine(start, error, observation, known, noise, transfer):
         observation: y, by plane, (C, H, W).
         known: 1 where y is known, else 0; (C, H, W) or (1, H, W).
         noise: s^2, variance of y's white noise.
-        transfer: H, as torch.fft.rfft2 has it, (C, H, W // 2 + 1).
+        transfer: H, the same for every plane, (1, H, W // 2 + 1), as of torch.fft.rfft2.
 
     Returns:
         The mean of the last x and z, and its predicted squared error; both (C, H, W).
@@ -61,9 +61,10 @@ def refine(start, error, observation, known, noise, transfer):
 
 
 def convolve(images, transfers):
-    """Convolve planes (C, H, W) circularly, with the transforms of what is given."""
+    """Convolve planes (C, H, W) circularly, with transforms (C or 1, H, W // 2 + 1)."""
     size = images.shape[1:]
-    pairs = zip(images, transfers)  # one by one, for memory's sake
+    pairs = zip(images, transfers.expand(len(images), -1, -1))
+    # one by one, for memory's sake
     return torch.stack(
         [torch.fft.irfft2(torch.fft.rfft2(x) * h, s=size) for x, h in pairs]
     )
