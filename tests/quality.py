@@ -103,6 +103,14 @@ def plan(sets, made):
                     f"--sigma {sigma} --crop 256 --kernel {shlex.quote(str(kernel))}"
                 )
                 yield Case("deblur", f"sigma {sigma}", "deblur", picture, flags)
+    for number, (psf, *sigmas) in enumerate(scenarios(), 1):
+        kernel = made / f"scenario{number}.npy"
+        np.save(kernel, psf)
+        for name, sigma in zip(("Cameraman256", "house"), sigmas):
+            picture = sets / f"deblur6/{name}.png"
+            flags = f"--sigma {sigma:.6g} --kernel {shlex.quote(str(kernel))}"
+            if picture.exists():
+                yield Case("deblur6", f"scenario {number}", "deblur", picture, flags)
     holes = gray_pictures(sets, ("Set11/hill", *GRAY[:3]), made)
     for share in (50, 70, 90):
         for picture in holes:
@@ -127,6 +135,24 @@ def plan(sets, made):
         for row, kernel in (("PSF estimated", "estimate"), ("true PSF", file)):
             flags = f"--observed --kernel {shlex.quote(str(kernel))}"
             yield Case("levin", row, "deblur", picture, flags, clean)
+
+
+def scenarios():
+    """Return six blurs of Danielyan, Katkovnik, Egiazarian (IEEE TIP 2012).
+
+    Each is a PSF and the noise's sigma for Cameraman and for House; in the third it lies
+    40 dB below the blurred picture's variance.
+    """
+    squares = np.add.outer(np.arange(-7, 8) ** 2, np.arange(-7, 8) ** 2)
+    binomial = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1])
+    return [
+        (1 / (1 + squares), math.sqrt(2), math.sqrt(2)),
+        (1 / (1 + squares), math.sqrt(8), math.sqrt(8)),
+        (np.ones((9, 9)), 0.555, 0.406),
+        (binomial, 7, 7),
+        (deblur.gaussian_psf(25, 1.6), 2, 2),
+        (deblur.gaussian_psf(15, 0.4), 8, 8),
+    ]
 
 
 def gray_pictures(sets, names, made):

@@ -23,8 +23,9 @@ def dense():
     return CircularBlur(PSF)(pixels).flatten(1).T.double()
 
 
+@pytest.mark.parametrize("planes", [1, 3])
 @pytest.mark.parametrize("known", ["all", "some"])
-def test_a_round_inverts_the_blur_as_a_dense_solve_does(known, monkeypatch):
+def test_a_round_inverts_the_blur_as_a_dense_solve_does(known, planes, monkeypatch):
     """One round; the filter's place is taken by one that gives all it is told."""
     told = []
 
@@ -35,23 +36,27 @@ def test_a_round_inverts_the_blur_as_a_dense_solve_does(known, monkeypatch):
     monkeypatch.setattr(plug, "filter_slabs", keep)
     monkeypatch.setattr(plug, "ROUNDS", 1)
     monkeypatch.setattr(plug, "LEAST_ROUNDS", 1)
-    start, y = random_image(1, *SIZE, seed=1), random_image(1, *SIZE)
+    start, y = random_image(planes, *SIZE, seed=1), random_image(planes, *SIZE)
     seen = torch.ones(1, *SIZE)
     if known == "some":
         seen[:, 2:4, 3:6] = 0
-    noise, error = 1e-4, torch.full((1, 1, 1), 1e-3)
-    result, _ = plug.refine(start, error, y, seen, noise, transfer())
-    matrix, z = dense(), start.flatten().double()
-    target = torch.where(seen.flatten() > 0, y.flatten().double(), matrix @ z)
-    ratio = noise / (plug.FIRST**2 * error.item())
-    system = matrix.T @ matrix + ratio * torch.eye(len(z))
-    expected = torch.linalg.solve(system, matrix.T @ target + ratio * z)
-    np.testing.assert_allclose(told[0][1].flatten(), expected, atol=1e-5)
-    np.testing.assert_allclose(result.flatten(), expected, atol=1e-5)
-    # the filter is told the posterior's variance
-    inverse = torch.linalg.inv(system).trace() * noise / len(z)
-    spread = torch.fft.irfft2(told[0][2], s=SIZE)[0, 0, 0]
-    assert spread.item() == pytest.approx(inverse.item(), rel=1e-4)
+    noise, errors = 1e-4, torch.tensor([1e-3, 1e-4, 3e-3])[:planes, None, None]
+    plug.refine(start, errors, y, seen, noise, transfer())
+    ((_, inverted, variance),) = told
+    matrix = dense()
+    for plane in range(planes):
+        z = start[plane].flatten().double()
+        target = torch.where(
+            seen.flatten() > 0, y[plane].flatten().double(), matrix @ z
+        )
+        ratio = noise / (plug.FIRST**2 * errors[plane].item())
+        system = matrix.T @ matrix + ratio * torch.eye(len(z))
+        expected = torch.linalg.solve(system, matrix.T @ target + ratio * z)
+        np.testing.assert_allclose(inverted[plane].flatten(), expected, atol=1e-5)
+        # the filter is told the posterior's variance
+        mean = torch.linalg.inv(system).trace().item() * noise / len(z)
+        shared = torch.fft.irfft2(variance[plane], s=SIZE)[0, 0]
+        assert shared.item() == pytest.approx(mean, rel=1e-4)
 
 
 def test_large_pictures_have_fewer_rounds(monkeypatch):

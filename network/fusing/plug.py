@@ -13,6 +13,7 @@ NEW, MOST_GAIN = 0.9, 3.0  # see refine
 # third. The filter does not know what it has never seen, and sharper pictures have more
 # of that. Measured on Cameraman, House and camera under six blurs.
 UNSEEN = 140
+FARTHEST = 3.0  # squared move from the start, over the error, from which detail is lost
 LEAST_RATIO = 1e-6  # of noise and error; float32 cannot divide by less power
 
 
@@ -36,10 +37,10 @@ def refine(start, error, observation, known, noise, transfer):
         observation: y, by plane, (C, H, W).
         known: 1 where y is known, else 0; (C, H, W) or (1, H, W).
         noise: s^2, variance of y's white noise.
-        transfer: H, as torch.fft.rfft2 has it, (C, H, W // 2 + 1).
+        transfer: H, the same for every plane, (1, H, W // 2 + 1), as of torch.fft.rfft2.
 
     Returns:
-        The mean of the last x and z, and its predicted squared error; both (C, H, W).
+        The mean of the last x and z, or the start where detail was lost; and its predicted squared error; both (C, H, W).
     """
     power = transfer.abs() ** 2
     z = before = start
@@ -57,13 +58,20 @@ def refine(start, error, observation, known, noise, transfer):
         slabs = zip(*filter_slabs(z, x, uncertain, 1, gain))
         z, risk = (torch.cat(rows, 1) for rows in slabs)
     steps = (z.diff(dim=axis).square().mean((1, 2), keepdim=True) for axis in (1, 2))
-    return (x + z) / 2, UNSEEN * risk * sum(steps) ** (1 / 3)
+    expected = UNSEEN * risk * sum(steps) ** (1 / 3)
+    # A texture that never repeats is filtered away: the result goes much farther from the
+    # start than the ensemble can err.
+    result = (x + z) / 2
+    moved = ((result - start) ** 2).mean((1, 2), keepdim=True)
+    lost = (moved / (FARTHEST * error)) ** 4
+    return result.lerp(start, lost / (1 + lost)), expected
 
 
 def convolve(images, transfers):
-    """Convolve planes (C, H, W) circularly, with the transforms of what is given."""
+    """Convolve planes (C, H, W) circularly, with transforms (C or 1, H, W // 2 + 1)."""
     size = images.shape[1:]
-    pairs = zip(images, transfers)  # one by one, for memory's sake
+    pairs = zip(images, transfers.expand(len(images), -1, -1))
+    # one by one, for memory's sake
     return torch.stack(
         [torch.fft.irfft2(torch.fft.rfft2(x) * h, s=size) for x, h in pairs]
     )
