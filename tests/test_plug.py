@@ -5,7 +5,7 @@ import pytest
 import torch
 from tensors import random_image
 
-from deblur import CircularBlur
+from network.blur import CircularBlur
 from network.fusing import plug
 
 PSF = np.array([[0, 0.05, 0.0], [0.1, 0.6, 0.15], [0.0, 0.1, 0.0]])
