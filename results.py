@@ -1,13 +1,13 @@
-"""What a run leaves: drawings, the files of one picture, the log of all pictures."""
+"""What a run leaves: the files of one picture, the log of all pictures, exit status."""
 
-import io
 import itertools
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
-import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -15,86 +15,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import drawing
 import pictures
 import utils
 from utils import InputError
-
-warnings.filterwarnings("ignore", "Glyph .* missing")
-
-# --- drawing -------------------------------------------------------------------------
-
-MAX_PANEL = 1024  # pixels a side of a picture in a drawing
-MAX_RATIO = 4  # of a drawn picture's height to its width
-TAIL = 0.001  # share of the pixels drawn as black, and as white, if not of 8 bits
-BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes with an image alone
-
-
-def new_figure(size, dpi):
-    """Return a Matplotlib figure; size is its (width, height) in inches."""
-    from matplotlib.figure import Figure  # late, as PyTorch is
-
-    return Figure(figsize=size, dpi=dpi, layout="constrained")
-
-
-def drawn(figure):
-    """Return a figure as a PNG file's bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def comparison(panels, ends):
-    """Draw titled images side by side; return the PNG's bytes.
-
-    Args:
-        panels: (title, image (C, H, W)) each.
-        ends: the values drawn as black and as white.
-    """
-    _, height, width = panels[0][1].shape
-    every = math.ceil(max(height, width) / MAX_PANEL)
-    size = len(panels) * 4, 4 * min(height / width, MAX_RATIO) + 0.4
-    figure = new_figure(size, max(320, width // every) / 4)
-    (row,) = figure.subplots(1, len(panels), squeeze=False, subplot_kw=BARE)
-    for axes, (title, image) in zip(row, panels):
-        pixels = (image[:, ::every, ::every] - ends[0]) / max(ends[1] - ends[0], 1e-30)
-        pixels = pixels.clip(0, 1).transpose(1, 2, 0)
-        axes.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
-        axes.set_title(title, fontsize="large" if len(title) < 40 else "small")
-    return drawn(figure)
-
-
-def uncertainty(deviation):
-    """Draw the predictions' standard deviation (H, W), in a file's numbers, as a PNG."""
-    height, width = deviation.shape
-    every = math.ceil(max(height, width) / MAX_PANEL)
-    figure = new_figure((6, max(5 * min(height / width, MAX_RATIO), 4)), 160)
-    axes = figure.subplots(subplot_kw=BARE)
-    shown = axes.imshow(deviation[::every, ::every], cmap="magma", vmin=0)
-    label = "standard deviation of the predictions, in the file's numbers"
-    figure.colorbar(shown, ax=axes, label=label)
-    return drawn(figure)
-
-
-def curves(records):
-    """Draw loss and PSNR over the steps, a line per image; return the PNG's bytes."""
-    figure = new_figure((9, 4), 120)
-    axes = figure.subplots(1, 2)
-    for record in records:
-        # Matplotlib reads "$" as a formula, and drops a name that begins with "_".
-        name = " " + record["name"].replace("$", r"\$")
-        every = record["loss_every"]
-        losses = [(every * n, loss) for n, loss in enumerate(record["losses"], 1)]
-        scores = [(row[0], row[2]) for row in record["rows"] if row[2] is not None]
-        for axis, points in zip(axes, (losses, scores)):
-            if points:
-                axis.plot(*zip(*points), marker=".", label=name)
-    for axis, title in zip(axes, ("loss", "PSNR (dB)")):
-        axis.set(xlabel="step", ylabel=title)
-        axis.grid(alpha=0.3)
-    if 0 < len(axes[0].lines) <= 12:
-        axes[0].legend(fontsize="small")
-    return drawn(figure)
-
 
 # --- the picture that was read -------------------------------------------------------
 
@@ -102,58 +26,47 @@ def curves(records):
 class Source:
     """A picture as it was read, which of its entries are known, and its reference.
 
+    `image` and `known` have the margin; all other arrays, (C, h, w), lie at `place`.
+
     Args:
         path: the image file.
         args: the options' values.
         margin: pixels (above, below), (left, right) that the forward operator sees beyond
-            the observation. They are added to an --observed picture, and cut off another
-            one: files and scores are of what lies within.
+            the observation: added to an --observed picture, cut off another one.
 
-    Attributes:
-        image: the pixels with their margin, (C, H, W); 1 is the file's peak.
-        known: 1 where an entry is known, else 0: (C, H, W) or (1, H, W), float32.
-        place: slices of (C, H, W) that leave the margin out.
-        picture: the pictures.Picture without margin, NaN where `left_out`.
-        clean: what results are scored against, (C, h, w), NaN where they are not; or None.
-        left_out: what is unknown besides --mask and --missing, (C, h, w), bool.
-        gaps: the part of it that comes back as it was read, likewise.
-
-    Raises:
-        InputError, OSError: a file cannot be used; the text says why.
+    Raises InputError or OSError for a file that cannot be used.
     """
 
     def __init__(self, path, args, margin=((0, 0), (0, 0))):
         self.path, self.args = path, args
+        # A pictures.Picture. Its image is NaN where `left_out`.
         self.picture = picture = pictures.read_picture(path, args.crop)
-        self.image, known = picture.image, self._read_known()
-        self.clean = self._read_reference()
+        known = self._read_known()
+        self.image = picture.image  # (C, H, W), 1 is the file's peak
+        # What results are scored against, but for its NaN entries.
+        self.clean = self._read_reference() if args.reference else None
         if args.observed:
-            self.image, known = (
-                np.pad(x, [(0, 0), *margin]) for x in (self.image, known)
-            )
+            widths = (0, 0), *margin
+            self.image, known = np.pad(self.image, widths), np.pad(known, widths)
         sides = zip(margin, self.image.shape[1:])
         self.place = (slice(None), *(slice(a, n - b) for (a, b), n in sides))
-        if args.observed and picture.absent is not None:
-            self.image[self.place][picture.absent] = np.nan
-        elif not args.observed:
+        if not args.observed:
             self.picture = picture.part(self.place)
             self.clean = self.picture.image
+            if not np.isfinite(self.image).all():
+                raise InputError(f"{path}: NaN or infinite pixels need --observed")
+        elif picture.absent is not None:
+            self.image[self.place][picture.absent] = np.nan
         self.as_read = self.picture.image
         height, width = self.as_read.shape[1:]
         if min(height, width) < pictures.SMALLEST_SIDE:
-            raise InputError(
-                f"{path}: the PSF leaves {width}x{height} pixels; a side needs "
-                f"{pictures.SMALLEST_SIDE} or more"
-            )
-        if not args.observed and not np.isfinite(self.image).all():
-            raise InputError(
-                f"{path}: it holds NaN or infinite pixels; with --observed they "
-                "are unknown"
-            )
+            left = f"{width}x{height} pixels; a side needs {pictures.SMALLEST_SIDE}"
+            raise InputError(f"{path}: the PSF leaves {left} or more")
         self.size = pictures.describe(*self.as_read.shape)
         self.eight_bits = picture.dtype == np.uint8 and picture.peak == 255
-        self.gaps = self.left_out = np.zeros(self.as_read.shape, bool)
-        self.known = np.zeros_like(known)
+        # What is unknown besides --mask and --missing; what of it comes back as_read.
+        self.left_out = self.gaps = np.zeros(self.as_read.shape, bool)
+        self.known = np.zeros_like(known)  # 1 or 0, (C, H, W) or (1, H, W), float32
         self.known[self.place] = known[self.place]
         self._refuse_nothing_known()
 
@@ -165,27 +78,23 @@ class Source:
             known[draws < args.missing] = 0
         if args.mask:
             mask, known = pictures.read_mask(args.mask, args.crop)
-            fits = len(known) in {1, len(self.picture.image)}
-            self._refuse_misfit(args.mask, mask, fits)
+            self._refuse_misfit(args.mask, mask, len(known))
         return known
 
     def _read_reference(self):
-        """Return --reference, NaN where nothing was measured, or None."""
-        path, shape = self.args.reference, self.picture.image.shape
-        if not path:
-            return None
-        reference = pictures.read_picture(path, self.args.crop)
-        self._refuse_misfit(path, reference, len(reference.image) <= shape[0])
+        """Return --reference, NaN where nothing was measured."""
+        reference = pictures.read_picture(self.args.reference, self.args.crop)
+        self._refuse_misfit(self.args.reference, reference, len(reference.image))
         absent = False if reference.absent is None else reference.absent
-        return np.broadcast_to(np.where(absent, np.nan, reference.image), shape)
+        clean = np.where(absent, np.nan, reference.image)
+        return np.broadcast_to(clean, self.picture.image.shape)
 
-    def _refuse_misfit(self, path, other, fits):
-        """Raise InputError if another Picture has not this one's size, or does not fit."""
-        sizes = {x.uncropped.split()[0] for x in (other, self.picture)}
-        if len(sizes) > 1 or not fits:
-            raise InputError(
-                f"{path}: {other.uncropped}, but {self.path} is {self.picture.uncropped}"
-            )
+    def _refuse_misfit(self, path, other, channels):
+        """Raise InputError if another Picture differs in size, or in channels but for 1."""
+        ours = self.picture.uncropped
+        same_size = other.uncropped.split()[0] == ours.split()[0]
+        if not same_size or channels not in {1, len(self.picture.image)}:
+            raise InputError(f"{path}: {other.uncropped}, but {self.path} is {ours}")
 
     def _refuse_nothing_known(self):
         if not self.known.any():
@@ -194,9 +103,8 @@ class Source:
     def leave_out(self, gaps, outliers):
         """Take entries as unknown; say how many, and why.
 
-        Args:
-            gaps, outliers: see network.unknown; (C, H, W), bool, with the margin. Results
-                have gaps as they were read, and outliers as they are predicted.
+        `gaps` come back as they were read, `outliers` are predicted: see network.unknown.
+        Both are (C, H, W), bool, with the margin.
         """
         known = np.where(gaps | outliers, np.float32(0), self.known)
         gaps, outliers = ((x & (self.known > 0))[self.place] for x in (gaps, outliers))
@@ -210,13 +118,69 @@ class Source:
         if self.clean is not None:
             clean = np.where(gaps, np.nan, self.clean)
             self.clean = clean if np.isfinite(clean).any() else None
-        counts = {
-            "not measured (they come back as they are)": gaps.sum(),
-            "far off all their neighbours (they are predicted)": outliers.sum(),
-        }
+        counts = {"not measured (they come back as they are)": gaps.sum()}
+        counts["far off all their neighbours (they are predicted)"] = outliers.sum()
         why = ", ".join(f"{n} {why}" for why, n in counts.items() if n)
         name = "/".join(pictures.result_names(self.path))
         tqdm.write(f"{name}: {why}: unknown, of {gaps.size} entries")
+
+
+# --- progress ------------------------------------------------------------------------
+
+EVERY = 60  # seconds between two checkpoints, lines of progress, or logs, at least
+
+
+class Progress:
+    """One picture's progress: a bar or, if stderr is no terminal, a line a minute.
+
+    Between `start` and `close` a first signal only sets `stopping`, its exit status.
+    """
+
+    def __init__(self, name):
+        self.name, self.bar, self.stopping = name, None, None
+        self.spoken_at = time.perf_counter()
+
+    def start(self, total, done):
+        """Show a bar of `total` units, `done` of them done."""
+        how = {"desc": self.name, "disable": None, "leave": False}
+        self.bar = tqdm(total=total, initial=done, **how)
+
+    def advance(self, n):
+        """Show that n more units are done."""
+        self.bar.update(n)
+        if self.bar.disable:  # stderr is no terminal, and a bar would fill it
+            self.bar.n += n
+            if time.perf_counter() - self.spoken_at > EVERY:
+                self.spoken_at, share = time.perf_counter(), self.bar.n / self.bar.total
+                print(f"{self.name}: {share:.0%} done", file=sys.stderr)
+
+    def close(self):
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
+
+    def stop(self, number, _frame):
+        """Handle a signal. A second one does not wait for the end of the step."""
+        if self.bar is None or self.stopping:
+            sys.exit(128 + number)
+        self.stopping = 128 + number
+
+
+@contextmanager
+def signals_handled(handler):
+    """Let a function handle SIGINT and SIGTERM; not outside the main thread."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if main}
+    # A shell that runs a command behind "&" has Ctrl-C ignored.
+    before = {n: f for n, f in before.items() if f not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 # --- one picture's results -----------------------------------------------------------
@@ -227,7 +191,6 @@ RESULTS = ["error.mat", "Self2Self-[0-9]*.png", "comparison.png", "uncertainty.p
 RESULTS += [f"restored{suffix}" for suffix in pictures.SUFFIXES]
 OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "kernel.png"]
 OWN_FILES += ["checkpoint.pt", *RESULTS]
-SAVE_EVERY = 60  # seconds between two checkpoints, at least
 
 
 def row_text(row):
@@ -246,33 +209,25 @@ def row_text(row):
 class Result:
     """One picture's tests, and the files in its results folder.
 
-    A test is an ensemble prediction: a row of the record, and its pictures. The record is
-    what record.json holds.
-
-    Args:
-        path: the image file.
-        args: the options' values.
-        settings, settings_name: see utils.named_settings.
-        write_logs: called after every test.
+    A test is an ensemble prediction: a row of `record`, which record.json holds, and
+    pictures. `write_logs` is called after every test.
     """
 
-    def __init__(self, path, args, settings, settings_name, write_logs):
+    def __init__(self, path, folder, args, settings, write_logs):
         self.path, self.args, self.settings = path, args, settings
-        self.write_logs, self.name = write_logs, "/".join(pictures.result_names(path))
-        self.folder = results_folder(path, args.model_type, settings_name)
-        self.progress, self.saving = utils.Progress(self.name), utils.Seldom(SAVE_EVERY)
+        self.folder, self.write_logs = folder, write_logs
+        self.name = "/".join(pictures.result_names(path))
+        self.progress = Progress(self.name)
         # A training whose schedule has come to its end cannot be made longer.
         self.extends = args.schedule == "constant"
         self.may_be_moved = False  # by its PSF: it is scored at the best shift, too
-        # What `read` and `begin` are told, and what follows from it.
-        self.source = self.learner = self.observation = self.unchanged = None
+        self.source = self.learner = self.observation = None
+        self.unchanged = None  # where the result is the observation, (C, h, w), bool
         self.begun = False  # whether the folder is this run's
         self.record = {"name": self.name, "columns": COLUMNS, "rows": []}
         self.record |= {"losses": [], "notes": [], "finished": False, "failed": None}
-        self.saved, self.saved_step = (
-            {},
-            None,
-        )  # to go on from; the last checkpoint's step
+        self.saved, self.saved_step = {}, None  # to go on from; of the last checkpoint
+        self.saved_at, self.saving = time.perf_counter(), 0.0  # when; how long it took
         self.started = None  # time.perf_counter() less the seconds of earlier runs
 
     def read(self, *margin):
@@ -284,7 +239,7 @@ class Result:
         """Make the folder ready, and write the observation and what it was made of.
 
         Earlier results of the same picture and settings are replaced, others set aside.
-        With --resume a checkpoint is read, and checked, before anything is touched.
+        A checkpoint to resume from is read, and checked, before anything is touched.
 
         Args:
             learner: the network.Self2Self of the observation.
@@ -292,9 +247,6 @@ class Result:
             noise: the noise it has, a network.noise.Noise.
             psf: the PSF (h, w), or None.
             simulated: n, the noise, and `blurred`, of y's shape; not for --observed.
-
-        Raises:
-            InputError: the checkpoint cannot be used; the text says why.
         """
         source, picture, place = self.source, self.source.picture, self.source.place
         self.learner = learner
@@ -310,19 +262,21 @@ class Result:
         picture.save(self.folder / "noisy.png", self.observation)
         if psf is not None:
             utils.save_mat(self.folder / "kernel.mat", "kernel", psf)
-            title = "PSF, {1}x{0} pixels".format(*psf.shape)
-            data = comparison([(title, psf[None])], (0, psf.max()))
-            utils.write_atomically(self.folder / "kernel.png", data)
+            panel = {"PSF, {1}x{0} pixels".format(*psf.shape): psf[None]}
+            self._write("kernel.png", drawing.comparison(panel, (0, psf.max())))
         if not self.args.observed:
             utils.save_mat(self.folder / "noise.mat", "noise", simulated["n"][place])
             if "blurred" in simulated:
                 picture.save(self.folder / "blurred.png", simulated["blurred"][place])
 
     def _describe(self, noise, exact):
-        """Put into the record, and print, what the picture is and what decides the result."""
-        source, peak, clean = self.source, self.source.picture.peak, self.source.clean
-        told, scores = noise.describe(peak), None
-        heading = f"{self.name}: {source.size}"
+        """Put what the picture is, and what decides the result, into the record."""
+        source, clean, peak = self.source, self.source.clean, self.source.picture.peak
+        told, scores, heading = (
+            noise.describe(peak),
+            None,
+            f"{self.name}: {source.size}",
+        )
         if clean is not None:
             scores = pictures.score(self.observation, clean)
             heading += f", observation {scores[0]:.3f} dB"
@@ -331,50 +285,39 @@ class Result:
                 heading += f" (peak: the reference's range, {peak * (high - low):.4g})"
         heading += f", noise: {told}"
         if noise.lines and not source.eight_bits:
-            sigma = ""
-            if self.args.observed and noise.kind == "white":
-                sigma = f", --noise_sigma {float(f'{noise.sigma():.3g}'):g}"
-            heading += f" (in the file's numbers{sigma})"
+            flag = f", --noise_sigma {float(f'{noise.sigma():.3g}'):g}"
+            flag = flag if self.args.observed and noise.kind == "white" else ""
+            heading += f" (in the file's numbers{flag})"
         missing = 1 - source.known[source.place].mean(dtype=np.float64)
         if missing:
             heading += f", {missing:.2%} missing"
         elif exact:
             heading += ": it comes back as it is"
         tqdm.write(heading)
-        low, high = pictures.black_and_white(source.picture.image)
-        if (low, high) != (0, 1):
-            shown = f"{peak * low:.4g} black and {peak * high:.4g} white"
-            tqdm.write(f"{self.name}: PNGs show {shown}")
-        decisive = asdict(self.learner.recipe) | {"kind of noise": noise.kind}
-        for field in ("scale", "noise", *(["iteration"] if self.extends else [])):
-            del decisive[field]  # the observation decides the first two
-        decisive |= {"image or noise": utils.digest([self.observation])}
-        decisive |= {"reference": utils.digest(None if clean is None else [clean])}
-        decisive |= self.settings | {"device": self.args.device.type}
+        low, high = (peak * x for x in pictures.black_and_white(source.picture.image))
+        if (low, high) != (0, peak):
+            tqdm.write(f"{self.name}: PNGs show {low:.4g} black and {high:.4g} white")
+        recipe = asdict(self.learner.recipe) | {"kind of noise": noise.kind}
+        del recipe["scale"], recipe["noise"]  # which the observation decides
+        if self.extends:
+            del recipe["iteration"]
+        sums = {"image or noise": utils.digest([self.observation])}
+        sums["reference"] = utils.digest(None if clean is None else [clean])
+        made_from = self.settings | recipe | sums | {"device": self.args.device.type}
         self.record |= {"size": source.size, "heading": heading, "noise": told}
-        self.record |= {"observation": scores, "loss_every": self.learner.LOSS_EVERY}
-        self.record["made_from"] = decisive
+        self.record |= {"observation": scores, "made_from": made_from}
+        self.record["loss_every"] = self.learner.LOSS_EVERY
 
     def _read_earlier(self):
-        """Take over the tests of a checkpoint or, if a run is complete, of its record.
-
-        Returns:
-            Whether there is one of them.
-
-        Raises:
-            InputError: it is of another run; the text says why.
-        """
+        """Take over a checkpoint or, if complete, a record; tell whether there is one."""
         path = self.folder / "checkpoint.pt"
         if path.exists():
             saved = read_checkpoint(path)
         else:
             path, saved = self.folder / "record.json", read_record(self.folder)
-            if not saved or not self._restored_path().exists():
-                return False
-            if (
-                not saved["rows"]
-                or saved["rows"][-1][0] < self.learner.recipe.iteration
-            ):
+            steps = [row[0] for row in saved["rows"]] if saved else []
+            complete = max(steps, default=0) >= self.learner.recipe.iteration
+            if not complete or not self._restored_path().exists():
                 return False
         was, now = saved["made_from"], self.record["made_from"]
         changed = [k for k in was.keys() | now.keys() if was.get(k) != now.get(k)]
@@ -426,77 +369,64 @@ class Result:
             restored: the ensemble's Restoration, with its margin.
             image, error: what the learner's `fuse` made of it, with their margin.
 
-        Raises:
-            FloatingPointError: the restoration is not finite; nothing is written.
+        Raises FloatingPointError, before it writes, for a restoration that is not finite.
         """
         source, picture, step = self.source, self.source.picture, self.learner.step
-        ensemble, image = restored.image[source.place], image[source.place]
-        if not (np.isfinite(ensemble).all() and np.isfinite(image).all()):
+        images = [x[source.place] for x in (restored.image, image)]
+        if not all(np.isfinite(image).all() for image in images):
             raise FloatingPointError("the output is not finite; lower --lr")
-        ensemble, image = (
-            np.where(self.unchanged, self.observation, x) for x in (ensemble, image)
-        )
-        panels = [("observation", self.observation), ("restored", image)]
-        psnr, ssim, plain, moved = None, None, None, None
+        given, y = self.unchanged, self.observation
+        ensemble, image = (np.where(given, y, x) for x in images)
+        panels = {"observation": y, "restored": image}
+        psnr, ssim, plain, moved = [None] * 4
         if source.clean is not None:
             psnr, ssim = pictures.score(image, source.clean)
             plain = psnr if error is None else pictures.score(ensemble, source.clean)[0]
             moved = self.may_be_moved and pictures.score_moved(image, source.clean)
             before = f"observation {self.record['observation'][0]:.2f} dB"
             after = f"restored {psnr:.2f} dB" + (f", {moved}" if moved else "")
-            panels = [*zip((before, after), (self.observation, image))]
-            panels += [("clean", source.clean)]
-        seconds = time.perf_counter() - self.started
-        row = step, self.learner.mean_loss(), psnr, ssim, plain
-        row += *(moved or (None, None, None)), seconds
-        self.record["rows"].append(row)
-        self.record["losses"] = self.learner.read_losses().copy()
+            panels = {before: y, after: image, "clean": source.clean}
+        row = step, self.learner.mean_loss(), psnr, ssim, plain, *(moved or [None] * 3)
+        self.record["rows"].append((*row, time.perf_counter() - self.started))
+        self.record["losses"] = [*self.learner.read_losses()]
         if error is not None:
             error = picture.peak**2 * error[source.place]
             utils.save_mat(self.folder / "error.mat", "error", error)
         for path in (self.folder / f"Self2Self-{step}.png", self._restored_path()):
             picture.save(path, image)
-        rounding = picture.rounding(image)
-        if rounding > pictures.MOST_ROUNDING and self.is_complete():
-            tqdm.write(
-                f"{self.name}: rounding to whole numbers changes its mean by "
-                f"{rounding:.0%}; save the picture as float, in a TIFF"
-            )
+        if picture.rounding(image) > pictures.MOST_ROUNDING and self.is_complete():
+            advice = "whole numbers are too coarse for it; save it as floats, in a TIFF"
+            tqdm.write(f"{self.name}: {advice}")
         deviation = picture.peak * np.sqrt(restored.variance[source.place].mean(0))
-        utils.write_atomically(self.folder / "uncertainty.png", uncertainty(deviation))
+        self._write("uncertainty.png", drawing.uncertainty(deviation))
         # Most pictures of 16 bits would be all dark.
-        ends = (0, 1) if source.eight_bits else np.nanquantile(image, (TAIL, 1 - TAIL))
-        data = comparison(panels, ends)
-        utils.write_atomically(self.folder / "comparison.png", data)
+        ends = (0, 1) if source.eight_bits else np.nanquantile(image, (0.001, 0.999))
+        self._write("comparison.png", drawing.comparison(panels, ends))
         self._write_record()
         self.write_logs()
-        tqdm.write(f"{self.name}: {row_text(row)}")
+        tqdm.write(f"{self.name}: {row_text(self.record['rows'][-1])}")
 
     def advance(self, n=1):
-        """Show that n steps or predictions are done.
-
-        If a signal has come, save a checkpoint, and exit.
-        """
+        """Show that n steps or predictions are done; after a signal, save and exit."""
         self.progress.advance(n)
         if self.progress.stopping:
-            try:
+            with suppress(OSError):  # `whats_left` tells what could not be saved
                 if self.learner.step:
                     self._save_checkpoint()
-            except OSError as error:
-                utils.report(utils.reason(error))
             sys.exit(self.progress.stopping)
 
     def keep(self):
-        """Follow a step or a test: progress, a network's new start, a checkpoint."""
+        """Follow a step or a test: drop a dead network's tests, save a checkpoint."""
         if len(self.learner.notes) > len(self.record["notes"]):
-            # The tests of a dead network go.
             self.record |= {"notes": [*self.learner.notes], "rows": [], "losses": []}
             for file in itertools.chain.from_iterable(map(self.folder.glob, RESULTS)):
                 file.unlink()
             self._write_record()
             tqdm.write(f"{self.name}: {self.learner.notes[-1]}")
         self.advance()
-        due = self.learner.step == self.tested_step or self.saving.is_due()
+        # A slow disk takes a twentieth of the time at most.
+        late = time.perf_counter() - self.saved_at > max(EVERY, 20 * self.saving)
+        due = late or self.learner.step == self.tested_step
         if due and (self.extends or not self.is_complete()):
             self._save_checkpoint()
 
@@ -504,23 +434,19 @@ class Result:
         """Save all that the coming steps and the results depend on."""
         import torch
 
+        started = time.perf_counter()
         state = self.record | {"learner": self.learner.state_dict()}
-        state |= {"losses": self.learner.losses}
-        state |= {"seconds": time.perf_counter() - self.started}
-        path = self.folder / "checkpoint.pt"
-        with self.saving.timed(), utils.atomic_file(path) as file:
+        state |= {"losses": self.learner.losses, "seconds": started - self.started}
+        with utils.atomic_file(self.folder / "checkpoint.pt") as file:
             try:
                 torch.save(state, file)
             except RuntimeError:  # PyTorch's says "unexpected pos"
                 raise OSError(None, "cannot be written; is the disk full?") from None
-        self.saved_step = self.learner.step
+        self.saved_step, self.saved_at = self.learner.step, time.perf_counter()
+        self.saving = self.saved_at - started
 
     def finish(self, failed=None):
-        """Complete the record, and remove a checkpoint that is of no more use.
-
-        Args:
-            failed: what went wrong; None: nothing.
-        """
+        """Complete the record, with what failed; remove a checkpoint of no more use."""
         self.progress.close()
         if self.begun:
             self.record |= {"finished": not failed, "failed": failed}
@@ -540,14 +466,12 @@ class Result:
     def _restored_path(self):
         return self.folder / f"restored{self.source.picture.suffix}"
 
+    def _write(self, name, data):
+        utils.write_atomically(self.folder / name, data)
+
     def _write_record(self):
         steps = max(self.learner.recipe.iteration, self.tested_step)
         write_record(self.folder, self.record | {"iteration": steps})
-
-
-def results_folder(path, model_type, settings_name):
-    """Return the folder of an image's results."""
-    return Path("images", *pictures.result_names(path), model_type, settings_name)
 
 
 def read_record(folder):
@@ -565,28 +489,18 @@ def write_record(folder, record):
 
 
 def read_checkpoint(path):
-    """Return what a checkpoint holds, on the CPU: a record, `learner`, `seconds`.
-
-    Raises:
-        InputError: the file is damaged, or holds something else.
-    """
+    """Return what a checkpoint holds; raise InputError for a file that is none."""
     import torch
 
     with suppress(Exception):  # a damaged file fails in many ways
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if {"made_from", "rows", "losses", "notes", "learner"} <= saved.keys():
             return saved
-    raise InputError(
-        f"{path}: damaged, or no checkpoint of this version of the program; without it "
-        "the run starts over"
-    )
+    raise InputError(f"{path}: damaged, or of another version; delete it to start over")
 
 
 def make_room(folder, made_from, steps):
-    """Remove a folder's results of the same pixels and settings, set others aside.
-
-    Results of more steps are set aside, too.
-    """
+    """Remove a folder's results that this run repeats; keep others under another name."""
     if not any(folder.glob("[!.]*")):  # at most what a killed run was writing
         return
     record = read_record(folder)
@@ -611,27 +525,23 @@ class Run:
     """All images of one call of a script: which they are, their log, the exit status.
 
     What can be seen beforehand to be unreadable or unwritable exits with status 2.
-
-    Args:
-        args: the options' values.
-        defaults: the script's.
-        psf: the PSF's name, or None.
+    `defaults` are the script's, `psf` is the PSF's name, or None.
     """
 
     def __init__(self, args, defaults, psf=None):
-        self.args, self.failed, self.begun = args, [], False
-        self.started, self.records = time.time(), {}  # path -> record, as last logged
-        self.logging, self.behind = (
-            utils.Seldom(),
-            False,
-        )  # whether the logs lack a test
+        self.args, self.failed = args, []
+        self.started, self.logged_at = time.time(), -math.inf
+        self.records, self.stacks = {}, {}  # as last logged; path -> its planes
         try:
-            self.settings = utils.named_settings(args, defaults, psf)
+            self.settings, self.named = utils.named_settings(args, defaults, psf)
             self.log = Path(args.log_path)
             self.totals = self.log.with_name(f"{self.log.stem}-summary.csv")
             self.files = pictures.find_images(args.path)
-            self.paths = self.files[self._share()]
-            self.stacks = {}  # path of a stack -> its planes
+            texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+            rank, self.world = (int(x) if x.isdecimal() else -1 for x in texts)
+            if not 0 <= rank < self.world:
+                raise InputError(f"RANK and WORLD_SIZE: {texts}; 0, 1 is one process")
+            self.paths = self.files[rank :: self.world]  # this process's
             for file in self.files:
                 if stack := pictures.stack_of(file):
                     self.stacks.setdefault(stack, []).append(file)
@@ -642,14 +552,6 @@ class Run:
         for stack, planes in self.stacks.items():
             ours = len({*planes} & {*self.paths})
             print(f"{stack}: {len(planes)} planes, {ours} of them to restore")
-
-    def _share(self):
-        """Return which of the images are this process's, as a slice."""
-        texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        rank, self.world = (int(x) if x.isdecimal() else -1 for x in texts)
-        if not 0 <= rank < self.world:
-            raise InputError(f"RANK and WORLD_SIZE: {texts}; 0, 1 is one process")
-        return slice(rank, None, self.world)
 
     def _check(self):
         """Raise InputError if a file would be written in another's place."""
@@ -676,61 +578,50 @@ class Run:
                 raise InputError(f"{there}: make it a folder that can be written to")
 
     def _folder(self, path):
-        return results_folder(path, self.args.model_type, self.settings[1])
+        names = pictures.result_names(path)
+        return Path("images", *names, self.args.model_type, self.named)
 
     @contextmanager
     def image(self, path):
         """Give the Result of one image; report what goes wrong, so that the next goes on."""
-        result = Result(path, self.args, *self.settings, self._log_a_test)
+        result = Result(path, self._folder(path), self.args, self.settings, self._log)
         try:
-            with utils.signals_handled(result.progress.stop):
+            with signals_handled(result.progress.stop):
                 yield result
         except (KeyboardInterrupt, SystemExit) as stop:
             utils.report(f"{result.name}: interrupted; {result.whats_left()}")
             with suppress(OSError):
-                if self.behind:
-                    self.write_logs()
+                self.write_logs()
             sys.exit(stop.code if isinstance(stop, SystemExit) else 130)
         except Exception as error:
             size = result.source.size if result.source else "its size"
             message = utils.reason(error, path, size)
             if message is None:
                 raise
-            if result.record["rows"]:
-                message += (
-                    f"; the result of step {result.record['rows'][-1][0]} is kept"
-                )
+            if result.tested_step:
+                message += f"; the result of step {result.tested_step} is kept"
             utils.report(message)
             self.failed.append(str(path))
             with suppress(OSError):  # which may be what failed
                 result.finish(failed=message)
-                earlier = None if result.begun else read_record(result.folder)
-                if earlier and self.world > 1:  # other processes see that it fails now
-                    write_record(result.folder, earlier | {"failed_at": time.time()})
-        finally:
-            self.begun |= result.begun
 
     def finish(self):
         """Write and print the totals; return the exit status.
 
-        It is 0 or, if images failed, 1, or 2 if no training had begun. Each of several
-        processes ends with 0: torchrun would end the others if one had failed.
+        It is 0 or, if images failed, 1, or 2 if no training had begun. It is 0 for each
+        of several processes: torchrun would end the others if one had failed.
         """
         if self.failed and len(self.files) > 1:
-            names = ", ".join(self.failed)
-            utils.report(
-                f"{len(self.failed)} of {len(self.files)} images failed: {names}"
-            )
+            count = f"{len(self.failed)} of {len(self.files)} images failed"
+            utils.report(f"{count}: {', '.join(self.failed)}")
         try:
             table = self.write_logs()
             # Others may have finished meanwhile. In text a NaN equals itself.
             while self.world > 1 and str(self._read_records()) != str(self.records):
                 table = self.write_logs()
             for name, *cells in table:
-                cells = (
-                    f"{c:.3f}" if isinstance(c, float) else c or "-" for c in cells
-                )
-                print(f"{name:32s}", *(f"{cell:>16}" for cell in cells))
+                texts = (f"{x:.3f}" if type(x) is float else x or "-" for x in cells)
+                print(f"{name:32s}", *(f"{text:>16}" for text in texts))
             for stack, planes in self.stacks.items():
                 self._join(stack, planes)
         except (InputError, OSError) as error:
@@ -738,7 +629,7 @@ class Run:
             return 1
         if self.world > 1 or not self.failed:
             return 0
-        return 1 if self.begun else 2
+        return 1 if self.records else 2
 
     def _read_records(self):
         """Return the records of this call's images so far, path -> record.
@@ -749,22 +640,19 @@ class Run:
         found, ours, failed = {}, set(self.paths), set(self.failed)
         for file in self.files:
             record = read_record(self._folder(file))
-            # A joined stack's record has no columns; another version has others.
-            if not record or record.get("columns") != [*COLUMNS]:
-                continue
             since = self.started - (0 if file in ours else SKEW)
-            marked = record.get("failed_at", 0) >= since  # by another process
-            resumed = self.args.resume and str(file) not in failed
-            if not marked and (resumed or record["written"] >= since):
-                found[file] = record
+            # A joined stack's record has no columns; another version has others.
+            if record and record.get("columns") == [*COLUMNS]:
+                resumed = self.args.resume and str(file) not in failed
+                if resumed or record["written"] >= since:
+                    found[file] = record
         return found
 
-    def _log_a_test(self):
-        """Write the logs, unless that would take much of the time: of many images."""
-        self.behind = not self.logging.is_due()
-        if not self.behind:
-            with self.logging.timed():
-                self.write_logs()
+    def _log(self):
+        """Write the logs, but not after every test: those of many images take long."""
+        if time.perf_counter() - self.logged_at > EVERY:
+            self.write_logs()
+            self.logged_at = time.perf_counter()
 
     def write_logs(self):
         """Write the log, its CSV, the curves and the summary, of all records there are.
@@ -789,7 +677,7 @@ class Run:
             return []
         utils.write_atomically(self.log, "\n".join([*lines, ""]).encode())
         utils.write_atomically(self.log.with_suffix(".csv"), utils.csv_text(rows))
-        utils.write_atomically(self.log.with_suffix(".png"), curves(records))
+        utils.write_atomically(self.log.with_suffix(".png"), drawing.curves(records))
         if not table:
             return []
         scored = [row[2:5] for row in table if row[3] is not None]
@@ -800,18 +688,17 @@ class Run:
 
     def _join(self, stack, planes):
         """Join the restored planes of a stack if all of them are finished."""
-        records = self._read_records()
-        records = [records[file] for file in planes if file in records]
+        found = self._read_records()
+        records = [found[file] for file in planes if file in found]
         if len(records) < len(planes) or not all(r["finished"] for r in records):
             return
         folder, name = self._folder(stack), f"restored{stack.suffix.lower()}"
-        made_from = [record["made_from"] for record in records]
-        steps = max(record["iteration"] for record in records)
+        record = {"made_from": [record["made_from"] for record in records]}
+        record["iteration"] = max(record["iteration"] for record in records)
         earlier = read_record(folder) or {}
-        if (earlier.get("made_from"), earlier.get("iteration")) != (made_from, steps):
-            make_room(folder, made_from, steps)
+        if earlier | record != earlier:
+            make_room(folder, record["made_from"], record["iteration"])
         restored = [self._folder(file) / name for file in planes]
         pictures.join_planes(folder / name, stack, restored)
-        record = {"made_from": made_from, "iteration": steps, "finished": True}
-        write_record(folder, record | {"rows": [], "losses": []})
+        write_record(folder, record | {"rows": [], "losses": [], "finished": True})
         print(folder / name)

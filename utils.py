@@ -1,4 +1,4 @@
-"""Errors, files, options, progress, simulated noise: what every other room may use."""
+"""Errors and files, options, and simulated noise: what every other room may use."""
 
 import argparse
 import csv
@@ -7,10 +7,7 @@ import io
 import math
 import os
 import re
-import signal
 import sys
-import threading
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -352,93 +349,6 @@ def named_settings(args, defaults, psf):
     settings = others | {"observed": args.observed, "sigma": sigma, "psf": psf}
     settings |= {"recipe": args.recipe, "mask": mask, "program": sources_digest()}
     return settings, "_".join(parts)
-
-
-# --- progress ------------------------------------------------------------------------
-
-SHARE = 1 / 20  # of the time, at most, for what is done now and then
-SPEAK_EVERY = 60  # seconds between two lines of progress
-
-
-class Seldom:
-    """Tells when to repeat what takes long.
-
-    Args:
-        every: seconds between two times, at least.
-    """
-
-    def __init__(self, every=0):
-        self.every, self.took, self.ended = every, 0.0, time.perf_counter()
-
-    def is_due(self):
-        """Tell whether enough time has passed since the last time."""
-        waited = time.perf_counter() - self.ended
-        return waited > max(self.every, self.took / SHARE)
-
-    @contextmanager
-    def timed(self):
-        """Measure how long it takes this time."""
-        started = time.perf_counter()
-        yield
-        self.ended = time.perf_counter()
-        self.took = self.ended - started
-
-
-class Progress:
-    """One picture's progress: a bar or, if stderr is no terminal, a line a minute.
-
-    While it is shown, a signal waits: `stopping` is the exit status that it asks for.
-    """
-
-    def __init__(self, name):
-        self.name, self.bar, self.stopping = name, None, None
-        self.speaking = Seldom(SPEAK_EVERY)
-
-    def start(self, total, done):
-        """Show a bar of which a part is done already."""
-        how = {"desc": self.name, "disable": None, "leave": False}
-        self.bar = tqdm(total=total, initial=done, **how)
-
-    def advance(self, n):
-        """Show that n more are done."""
-        self.bar.update(n)
-        if self.bar.disable:  # stderr is no terminal, and a bar would fill it
-            self.bar.n += n
-            if self.speaking.is_due():
-                with self.speaking.timed():
-                    share = self.bar.n / self.bar.total
-                    print(f"{self.name}: {share:.0%} done", file=sys.stderr)
-
-    def close(self):
-        """Remove the bar; signals do not wait any longer."""
-        if self.bar is not None:
-            self.bar.close()
-        self.bar = None
-
-    def stop(self, number, _frame):
-        """Handle a signal: exit at once, or after the step at hand, so that it can be saved.
-
-        A second signal does not wait.
-        """
-        if self.bar is None or self.stopping:
-            sys.exit(128 + number)
-        self.stopping = 128 + number
-
-
-@contextmanager
-def signals_handled(handler):
-    """Let a function handle SIGINT and SIGTERM; not outside the main thread."""
-    main = threading.current_thread() is threading.main_thread()
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if main}
-    # A shell that runs a command behind "&" has Ctrl-C ignored.
-    before = {n: f for n, f in before.items() if f not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
 
 
 # --- noise ----------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import denoise
+import drawing
 import pictures
-import results
 import utils
 from network import Self2Self, recipes
 from network.muon import Muon
@@ -321,7 +321,7 @@ def quality_against_time(budgets, size, device, picture):
     if other:
         print(f"| BM3D | | {other[0]:.1f} | {other[1]:.2f} |")
     if picture:
-        figure = results.new_figure((5, 3), 120)
+        figure = drawing.new_figure((5, 3), 120)
         axes = figure.subplots(gridspec_kw={"left": 0.16, "bottom": 0.16, "top": 0.97})
         axes.plot(*zip(*points), marker="o", label="denoise.py")
         if other:
@@ -331,7 +331,7 @@ def quality_against_time(budgets, size, device, picture):
         )
         axes.grid(alpha=0.3)
         axes.legend()
-        utils.write_atomically(picture, results.drawn(figure))
+        utils.write_atomically(picture, drawing.drawn(figure))
 
 
 def main():
