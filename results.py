@@ -33,7 +33,6 @@ class Source:
         args: the options' values.
         margin: pixels (above, below), (left, right) that the forward operator sees beyond
             the observation: added to an --observed picture, cut off another one.
-
     Raises InputError or OSError for a file that cannot be used.
     """
 
@@ -191,6 +190,7 @@ RESULTS = ["error.mat", "Self2Self-[0-9]*.png", "comparison.png", "uncertainty.p
 RESULTS += [f"restored{suffix}" for suffix in pictures.SUFFIXES]
 OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "kernel.png"]
 OWN_FILES += ["checkpoint.pt", *RESULTS]
+SAVING = 20  # time between two checkpoints over the time that one takes, at least
 
 
 def row_text(row):
@@ -255,7 +255,9 @@ class Result:
         exact = noise.kind == "none" and psf is None
         self.unchanged = source.gaps | (exact and source.known[place] > 0)
         self._describe(noise, exact)
-        if not self.args.resume or not self._read_earlier():
+        if self.args.resume:
+            self._read_earlier()
+        if not self.saved:
             make_room(self.folder, self.record["made_from"], learner.recipe.iteration)
         self.begun = True
         self._write_record()
@@ -272,11 +274,8 @@ class Result:
     def _describe(self, noise, exact):
         """Put what the picture is, and what decides the result, into the record."""
         source, clean, peak = self.source, self.source.clean, self.source.picture.peak
-        told, scores, heading = (
-            noise.describe(peak),
-            None,
-            f"{self.name}: {source.size}",
-        )
+        told, scores = noise.describe(peak), None
+        heading = f"{self.name}: {source.size}"
         if clean is not None:
             scores = pictures.score(self.observation, clean)
             heading += f", observation {scores[0]:.3f} dB"
@@ -309,7 +308,7 @@ class Result:
         self.record["loss_every"] = self.learner.LOSS_EVERY
 
     def _read_earlier(self):
-        """Take over a checkpoint or, if complete, a record; tell whether there is one."""
+        """Take over the tests of a checkpoint or, if a run is complete, of its record."""
         path = self.folder / "checkpoint.pt"
         if path.exists():
             saved = read_checkpoint(path)
@@ -318,7 +317,7 @@ class Result:
             steps = [row[0] for row in saved["rows"]] if saved else []
             complete = max(steps, default=0) >= self.learner.recipe.iteration
             if not complete or not self._restored_path().exists():
-                return False
+                return
         was, now = saved["made_from"], self.record["made_from"]
         changed = [k for k in was.keys() | now.keys() if was.get(k) != now.get(k)]
         if changed:
@@ -327,7 +326,6 @@ class Result:
             raise InputError(f"{path}: {what}; without --resume the run starts over")
         self.record |= {key: saved[key] for key in ("rows", "losses", "notes")}
         self.saved = saved
-        return True
 
     def resume(self):
         """Go on from what `begin` has read with --resume; start the clock and the bar."""
@@ -368,7 +366,6 @@ class Result:
         Args:
             restored: the ensemble's Restoration, with its margin.
             image, error: what the learner's `fuse` made of it, with their margin.
-
         Raises FloatingPointError, before it writes, for a restoration that is not finite.
         """
         source, picture, step = self.source, self.source.picture, self.learner.step
@@ -424,8 +421,7 @@ class Result:
             self._write_record()
             tqdm.write(f"{self.name}: {self.learner.notes[-1]}")
         self.advance()
-        # A slow disk takes a twentieth of the time at most.
-        late = time.perf_counter() - self.saved_at > max(EVERY, 20 * self.saving)
+        late = time.perf_counter() - self.saved_at > max(EVERY, SAVING * self.saving)
         due = late or self.learner.step == self.tested_step
         if due and (self.extends or not self.is_complete()):
             self._save_checkpoint()
