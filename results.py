@@ -132,7 +132,7 @@ EVERY = 60  # seconds between two checkpoints, lines of progress, or logs, at le
 class Progress:
     """One picture's progress: a bar or, if stderr is no terminal, a line a minute.
 
-    Between `start` and `close` a first signal only sets `stopping`, its exit status.
+    Between `start` and `close` a first signal only sets `stopping`, the exit status.
     """
 
     def __init__(self, name):
@@ -168,7 +168,7 @@ class Progress:
 
 @contextmanager
 def signals_handled(handler):
-    """Let a function handle SIGINT and SIGTERM; not outside the main thread."""
+    """Let a function handle SIGINT and SIGTERM; only the main thread can."""
     main = threading.current_thread() is threading.main_thread()
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if main}
     # A shell that runs a command behind "&" has Ctrl-C ignored.
@@ -190,7 +190,7 @@ RESULTS = ["error.mat", "Self2Self-[0-9]*.png", "comparison.png", "uncertainty.p
 RESULTS += [f"restored{suffix}" for suffix in pictures.SUFFIXES]
 OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "kernel.png"]
 OWN_FILES += ["checkpoint.pt", *RESULTS]
-SAVING = 20  # time between two checkpoints over the time that one takes, at least
+SAVING = 20  # after a checkpoint that took t seconds, 20 t seconds pass without one
 
 
 def row_text(row):
@@ -209,8 +209,8 @@ def row_text(row):
 class Result:
     """One picture's tests, and the files in its results folder.
 
-    A test is an ensemble prediction: a row of `record`, which record.json holds, and
-    pictures. `write_logs` is called after every test.
+    A test is an ensemble prediction. It adds a row to `record`, the content of
+    record.json, writes pictures, and calls `write_logs`.
     """
 
     def __init__(self, path, folder, args, settings, write_logs):
@@ -272,7 +272,7 @@ class Result:
                 picture.save(self.folder / "blurred.png", simulated["blurred"][place])
 
     def _describe(self, noise, exact):
-        """Put what the picture is, and what decides the result, into the record."""
+        """Add to the record what the picture is, and what the result depends on."""
         source, clean, peak = self.source, self.source.clean, self.source.picture.peak
         told, scores = noise.describe(peak), None
         heading = f"{self.name}: {source.size}"
@@ -356,7 +356,7 @@ class Result:
     def awaits_test(self):
         """Tell whether the learner is to predict now, before another step."""
         step, recipe = self.learner.step, self.learner.recipe
-        # A checkpoint may be of a later step than a smaller --iteration.
+        # A run resumed with a smaller --iteration may be past its last step.
         due = step % self.args.test_frequency == 0 or step >= recipe.iteration
         return step > self.tested_step and due and self.learner.alive()
 
@@ -453,7 +453,7 @@ class Result:
             print(self._restored_path())
 
     def whats_left(self):
-        """Say where --resume goes on from, after an interruption."""
+        """Tell what an interruption leaves: where --resume goes on from."""
         if self.saved_step:
             return f"--resume goes on from step {self.saved_step}"
         steps = self.learner.step if self.learner else 0
@@ -496,7 +496,7 @@ def read_checkpoint(path):
 
 
 def make_room(folder, made_from, steps):
-    """Remove a folder's results that this run repeats; keep others under another name."""
+    """Remove results that this run repeats, or rename the folder to keep others."""
     if not any(folder.glob("[!.]*")):  # at most what a killed run was writing
         return
     record = read_record(folder)
@@ -579,7 +579,7 @@ class Run:
 
     @contextmanager
     def image(self, path):
-        """Give the Result of one image; report what goes wrong, so that the next goes on."""
+        """Give the Result of one image; report an error, so that the next image follows."""
         result = Result(path, self._folder(path), self.args, self.settings, self._log)
         try:
             with signals_handled(result.progress.stop):
@@ -645,15 +645,15 @@ class Run:
         return found
 
     def _log(self):
-        """Write the logs, but not after every test: those of many images take long."""
+        """Write the logs after a test, if the last time is long ago: they may take long."""
         if time.perf_counter() - self.logged_at > EVERY:
             self.write_logs()
             self.logged_at = time.perf_counter()
 
     def write_logs(self):
-        """Write the log, its CSV, the curves and the summary, of all records there are.
+        """Write the log, its CSV, the curves and the summary; return the summary's rows.
 
-        Every process writes them alike. Returns the summary's rows.
+        Every process writes those of all records that there are.
         """
         hidden = ("resume", "given", "schedule")
         lines = [f"{k}: {v}" for k, v in vars(self.args).items() if k not in hidden]

@@ -186,6 +186,21 @@ def test_what_a_signal_interrupts_goes_on_from_there(
     assert json.loads(record.read_text())["losses"] == losses
 
 
+def test_a_run_that_is_past_a_smaller_last_step_is_tested_where_it_is(
+    monkeypatch,
+):
+    write("in/a.png")
+    flags = "--path in/a.png --recipe paper --test_frequency 4"
+    with monkeypatch.context() as patch:
+        signalled(patch, "train_step", 3)
+        assert run("denoise", flags) == 130
+    assert run("denoise", f"{flags} --iteration 2 --resume") == 0
+    (path,) = Path("images").rglob("record.json")
+    record = json.loads(path.read_text())
+    assert [row[0] for row in record["rows"]] == [3] and record["iteration"] == 3
+    assert path.with_name("restored.png").exists()
+
+
 def test_a_wish_to_end_is_a_signal_too_and_the_handlers_are_put_back(
     monkeypatch, capsys
 ):
@@ -264,7 +279,7 @@ def test_every_source_of_the_program_tells_it_from_others(tmp_path):
     assert utils.sources_digest(tmp_path) not in seen
 
 
-def test_checkpoints_come_by_the_clock_too(monkeypatch):
+def test_checkpoints_and_lines_of_progress_come_by_the_clock(monkeypatch, capsys):
     write("in/a.png")
     saved, save = [], results.Result._save_checkpoint
 
@@ -279,3 +294,7 @@ def test_checkpoints_come_by_the_clock_too(monkeypatch):
     monkeypatch.setattr(results, "SAVING", 0)
     assert run("denoise", flags) == 0
     assert saved == [4, 1, 2, 3, 4, 4]  # before the test, too, which takes long
+    told = [line for line in capsys.readouterr().err.splitlines() if "% done" in line]
+    assert (
+        len(told) == 7 and told[-1] == "in/a.png: 100% done"
+    )  # 4 steps, 2 + 1 of a test
