@@ -204,10 +204,9 @@ def restore(args, result, psf, blur):
 
     wanted = args.boundary or ("valid" if args.observed else "wrap")
     source = result.read(blur.margin) if wanted == "valid" else result.read()
-    x = source.image
+    x, known = source.image, source.known
     if args.observed:
-        source.leave_out(*find_unknown(x, source.known > 0, guess=not args.mask))
-    known = source.known
+        known = source.leave_out(*find_unknown(x, known > 0, guess=not args.mask))
     if args.kernel == "estimate":
         whole = fill_unknown(x[source.place], known[source.place] > 0)
         psf = estimate(result, whole, len(psf))

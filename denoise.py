@@ -53,8 +53,8 @@ def choose(args, y, source):
     sigma = args.noise_sigma if args.observed else args.sigma
     seen, known = y[source.place], source.known[source.place]
     found = noise.noise_of(seen, known, sigma, args.real_noise)
-    given = {"given": vars(args), "eight_bits": source.eight_bits}
-    recipe = recipes.adapt(args.recipe, y, source.known, found, **given)
+    told = {"given": vars(args), "eight_bits": source.eight_bits}
+    recipe = recipes.adapt(args.recipe, y, source.known, found, **told)
     if recipe.fuse and recipe.noise is None:
         fault = f"its noise is {found.describe()}; --fuse on needs a --noise_sigma"
         raise utils.InputError(f"{source.path}: {fault}")
@@ -66,11 +66,11 @@ def choose(args, y, source):
 def restore(args, result):
     """Learn one picture, and write its results."""
     source = result.read()
-    x = source.image
+    x, known = source.image, source.known
     if args.observed:
-        source.leave_out(*find_unknown(x, source.known > 0, guess=not args.mask))
+        known = source.leave_out(*find_unknown(x, known > 0, guess=not args.mask))
     n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
-    known, y = source.known, np.where(source.known, x if args.observed else x + n, 0)
+    y = np.where(known, x if args.observed else x + n, 0)
     recipe, found = choose(args, y, source)
     learner = network.Self2Self(y, identity, known, recipe, args.seed, args.device)
     result.begin(learner, y, found, n=n)

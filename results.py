@@ -100,7 +100,7 @@ class Source:
             raise InputError(f"{self.path}: every pixel is missing")
 
     def leave_out(self, gaps, outliers):
-        """Take entries as unknown; say how many, and why.
+        """Take entries as unknown; say how many, and why; return what is known then.
 
         `gaps` come back as they were read, `outliers` are predicted: see network.unknown.
         Both are (C, H, W), bool, with the margin.
@@ -110,18 +110,18 @@ class Source:
         self.known = known[:1] if (known == known[:1]).all() else known
         self._refuse_nothing_known()
         self.gaps, self.left_out = gaps, gaps | outliers
-        if not self.left_out.any():
-            return
-        image = np.where(self.left_out, np.nan, self.as_read)
-        self.picture = self.picture._replace(image=image)
-        if self.clean is not None:
-            clean = np.where(gaps, np.nan, self.clean)
-            self.clean = clean if np.isfinite(clean).any() else None
-        counts = {"not measured (they come back as they are)": gaps.sum()}
-        counts["far off all their neighbours (they are predicted)"] = outliers.sum()
-        why = ", ".join(f"{n} {why}" for why, n in counts.items() if n)
-        name = "/".join(pictures.result_names(self.path))
-        tqdm.write(f"{name}: {why}: unknown, of {gaps.size} entries")
+        if self.left_out.any():
+            image = np.where(self.left_out, np.nan, self.as_read)
+            self.picture = self.picture._replace(image=image)
+            if self.clean is not None:
+                clean = np.where(gaps, np.nan, self.clean)
+                self.clean = clean if np.isfinite(clean).any() else None
+            counts = {"not measured (they come back as they are)": gaps.sum()}
+            counts["far off all their neighbours (they are predicted)"] = outliers.sum()
+            why = ", ".join(f"{n} {why}" for why, n in counts.items() if n)
+            name = "/".join(pictures.result_names(self.path))
+            tqdm.write(f"{name}: {why}: unknown, of {gaps.size} entries")
+        return self.known
 
 
 # --- progress ------------------------------------------------------------------------
