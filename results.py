@@ -531,7 +531,7 @@ class Run:
         try:
             self.settings, self.named = utils.named_settings(args, defaults, psf)
             self.log = Path(args.log_path)
-            self.totals = self.log.with_name(f"{self.log.stem}-summary.csv")
+            self.totals = self.log.parent / f"{self.log.stem}-summary.csv"
             self.files = pictures.find_images(args.path)
             texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
             rank, self.world = (int(x) if x.isdecimal() else -1 for x in texts)
