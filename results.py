@@ -392,7 +392,7 @@ class Result:
         for path in (self.folder / f"Self2Self-{step}.png", self._restored_path()):
             picture.save(path, image)
         if picture.rounding(image) > pictures.MOST_ROUNDING and self.is_complete():
-            advice = "whole numbers are too coarse for it; save it as floats, in a TIFF"
+            advice = "rounding changes its mean; save the picture as float, in a TIFF"
             tqdm.write(f"{self.name}: {advice}")
         deviation = picture.peak * np.sqrt(restored.variance[source.place].mean(0))
         self._write("uncertainty.png", drawing.uncertainty(deviation))
