@@ -121,11 +121,11 @@ def beside_lamps(y, clipped):
     return near & (y < low + LAMP * (white - low))
 
 
-def choose(args, y, result, clipped=None):
+def choose(args, y, source, clipped=None):
     """Return this picture's recipe, and its noise: told, a camera's, or found."""
     sigma = args.noise_sigma if args.observed else args.sigma
-    seen, known = y[result.place], result.known[result.place]
-    measured = known if clipped is None else known * ~clipped[result.place]
+    seen, known = y[source.place], source.known[source.place]
+    measured = known if clipped is None else known * ~clipped[source.place]
     found = noise.noise_of(seen, measured, sigma, args.real_noise)
     error = ESTIMATED_ERROR if args.kernel == "estimate" else MEASURED_ERROR
     filled = find_scale(seen, known, blurred=True).span  # hot pixels lie beyond
@@ -135,12 +135,14 @@ def choose(args, y, result, clipped=None):
     recipe = recipes.adapt(
         args.recipe,
         y,
-        result.known,
+        source.known,
         taken,
         given=vars(args),
-        eight_bits=result.eight_bits,
+        eight_bits=source.eight_bits,
         blurred=True,
     )
+    if (recipe.noise or 0) > 100 * 255:
+        raise utils.InputError(f"{source.path}: noise 100 times the picture's range")
     return recipe, found
 
 
@@ -170,17 +172,18 @@ def restore(args, result, psf, blur):
     import torch  # late: see network/__init__.py
 
     wanted = args.boundary or ("valid" if args.observed else "wrap")
-    x, known = result.read(blur.margin) if wanted == "valid" else result.read()
+    source = result.read(blur.margin) if wanted == "valid" else result.read()
+    x, known = source.image, source.known
     (height, width), (h, w) = psf.shape, x.shape[1:]
     if height > h or width > w:
         raise utils.InputError(
             f"{result.path}: the PSF of {width}x{height} pixels is larger than the image "
-            f"of {w}x{h}; --crop makes no PSF fit, a smaller PSF does"
+            f"of {w}x{h}; cut its empty border"
         )
     if args.observed:
-        known = result.leave_out(*find_unknown(x, known > 0, guess=not args.mask))
+        known = source.leave_out(*find_unknown(x, known > 0, guess=not args.mask))
     if args.kernel == "estimate":
-        whole = fill_unknown(x[result.place], known[result.place] > 0)
+        whole = fill_unknown(x[source.place], known[source.place] > 0)
         psf = estimate(result, whole, len(psf))
         blur = CircularBlur(psf)
     result.may_be_moved = args.observed and (
@@ -192,20 +195,21 @@ def restore(args, result, psf, blur):
     clipped = None
     if args.observed:
         clipped = at_white(y, known)
-        known = result.known = known * ~beside_lamps(y, clipped)
-    recipe, found = choose(args, y, result, clipped)
+        known = source.known = known * ~beside_lamps(y, clipped)
+    recipe, found = choose(args, y, source, clipped)
     learner = network.Self2Self(
         y, blur, known, recipe, args.seed, args.device, clipped=clipped
     )
     result.begin(learner, y, found, psf, n=n, blurred=blurred)
-    result.resume(learner)  # with --resume
+    result.resume()  # with --resume
     while not result.is_complete():
-        if result.awaits_test(learner):
+        if result.awaits_test():
             restored = learner.predict(args.num_prediction, result.advance)
-            result.add(learner, restored, *learner.fuse(restored))
+            result.add(restored, *learner.fuse(restored))
+            learner.reset_mean_loss()
         else:
             learner.train_step()  # a network that dies starts over, at step 0
-        result.keep(learner)
+        result.keep()
     result.finish()
 
 

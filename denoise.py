@@ -44,40 +44,41 @@ DEFAULTS = {
 }
 
 
-def choose(args, y, result):
+def choose(args, y, source):
     """Return this picture's recipe, and its noise: told, a camera's, or found."""
     sigma = args.noise_sigma if args.observed else args.sigma
-    seen, known = y[result.place], result.known[result.place]
+    seen, known = y[source.place], source.known[source.place]
     found = noise.noise_of(seen, known, sigma, args.real_noise)
-    recipe = recipes.adapt(
-        args.recipe,
-        y,
-        result.known,
-        found,
-        given=vars(args),
-        eight_bits=result.eight_bits,
-    )
+    told = {"given": vars(args), "eight_bits": source.eight_bits}
+    recipe = recipes.adapt(args.recipe, y, source.known, found, **told)
+    if recipe.fuse == "noise" and recipe.noise is None:
+        fault = f"its noise is {found.describe()}; --fuse on needs a --noise_sigma"
+        raise utils.InputError(f"{source.path}: {fault}")
+    if (recipe.noise or 0) > 100 * 255:
+        raise utils.InputError(f"{source.path}: noise 100 times the picture's range")
     return recipe, found
 
 
 def restore(args, result):
     """Learn one picture, and write its results."""
-    x, known = result.read()
+    source = result.read()
+    x, known = source.image, source.known
     if args.observed:
-        known = result.leave_out(*find_unknown(x, known > 0, guess=not args.mask))
+        known = source.leave_out(*find_unknown(x, known > 0, guess=not args.mask))
     n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
     y = np.where(known, x if args.observed else x + n, 0)
-    recipe, found = choose(args, y, result)
+    recipe, found = choose(args, y, source)
     learner = network.Self2Self(y, identity, known, recipe, args.seed, args.device)
     result.begin(learner, y, found, n=n)
-    result.resume(learner)  # with --resume
+    result.resume()  # with --resume
     while not result.is_complete():
-        if result.awaits_test(learner):
+        if result.awaits_test():
             restored = learner.predict(args.num_prediction, result.advance)
-            result.add(learner, restored, *learner.fuse(restored))
+            result.add(restored, *learner.fuse(restored))
+            learner.reset_mean_loss()
         else:
             learner.train_step()  # a network that dies starts over, at step 0
-        result.keep(learner)
+        result.keep()
     result.finish()
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves: drawings, the files of one picture, the log of all pictures."""
+"""What a run leaves: the files of one picture, the log of all pictures, exit status."""
 
 import io
 import itertools
@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -18,64 +17,24 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pictures import (
-    MOST_ROUNDING,
-    SMALLEST_SIDE,
-    SUFFIXES,
-    Moved,
-    black_and_white,
-    describe,
-    find_images,
-    join_planes,
-    read_mask,
-    read_picture,
-    result_names,
-    score,
-    score_moved,
-    stack_of,
-)
-from utils import (
-    InputError,
-    atomic_file,
-    csv_text,
-    digest,
-    named_settings,
-    reason,
-    report,
-    save_mat,
-    write_atomically,
-)
+import pictures
+import utils
+from utils import InputError
 
 warnings.filterwarnings("ignore", "Glyph .* missing")
 
 # --- drawing -------------------------------------------------------------------------
 
-PANEL = 1024  # pixels a side in comparison.png, at most
-TALL = 4  # a picture's height over its width, at most
-TAIL = 0.001  # share of the pixels beyond its black, and its white, if not of 8 bits
+MAX_PANEL = 1024  # pixels a side of a picture in a drawing
+MAX_RATIO = 4  # of a drawn picture's height to its width
 BARE = {"xticks": [], "yticks": [], "frame_on": False}  # axes with an image alone
-COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr")
-COLUMNS += ("moved_psnr", "down", "right", "seconds")  # see score_moved
-
-
-def row_text(row):
-    """Write a test as a line of the log."""
-    step, loss, psnr, ssim, ensemble, *moved, _ = row
-    line = f"step {step:7d}  loss {loss:.6f}"
-    if psnr is not None:
-        line += f"  PSNR {psnr:.3f} dB  SSIM {ssim:.4f}"
-    if ensemble != psnr:
-        line += f"  plain ensemble {ensemble:.3f} dB"
-    if moved[0] is not None:
-        line += f"  ({Moved(*moved)})"
-    return line
 
 
 def new_figure(size, dpi):
-    """Return a Matplotlib figure of so many inches."""
+    """Return a Matplotlib figure; size is its (width, height) in inches."""
     from matplotlib.figure import Figure  # late, as PyTorch is
 
-    return Figure(figsize=size, dpi=dpi)
+    return Figure(figsize=size, dpi=dpi, layout="constrained")
 
 
 def drawn(figure):
@@ -86,63 +45,43 @@ def drawn(figure):
 
 
 def comparison(panels, ends):
-    """Draw labelled images side by side; return the PNG's bytes.
+    """Draw titled images side by side.
 
     Args:
-        panels: (label, image (C, H, W), its score as text or None) each.
-        ends: the values that are black and white.
+        panels: title -> image (C, H, W), all of one size.
+        ends: the values drawn as black and as white.
     """
-    _, height, width = panels[0][1].shape
-    every = math.ceil(max(height, width) / PANEL)
-    size = len(panels) * 4, 4 * min(height / width, TALL) + 0.4
+    _, height, width = next(iter(panels.values())).shape
+    every = math.ceil(max(height, width) / MAX_PANEL)
+    size = len(panels) * 4, 4 * min(height / width, MAX_RATIO) + 0.4
     figure = new_figure(size, max(320, width // every) / 4)
-    edges = {"left": 0, "right": 1, "bottom": 0, "top": 1 - 0.4 / size[1]}
-    row = figure.subplots(
-        1, len(panels), gridspec_kw=edges | {"wspace": 0.02}, subplot_kw=BARE
-    )
-    for axes, (label, image, scored) in zip(row, panels):
+    (row,) = figure.subplots(1, len(panels), squeeze=False, subplot_kw=BARE)
+    for axes, (title, image) in zip(row, panels.items()):
         pixels = (image[:, ::every, ::every] - ends[0]) / max(ends[1] - ends[0], 1e-30)
         pixels = pixels.clip(0, 1).transpose(1, 2, 0)
         axes.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
-        title = f"{label} {scored}" if scored else label
         axes.set_title(title, fontsize="large" if len(title) < 40 else "small")
     return drawn(figure)
 
 
 def uncertainty(deviation):
-    """Draw the predictions' standard deviation (H, W), in a file's numbers, as a PNG."""
+    """Draw the predictions' standard deviation (H, W), in a file's numbers."""
     height, width = deviation.shape
-    every = math.ceil(max(height, width) / PANEL)
-    figure = new_figure((6, max(5 * min(height / width, TALL), 4)), 160)
-    edges = {"left": 0.02, "right": 0.88, "bottom": 0.03, "top": 0.97}
-    axes, scale = figure.subplots(
-        1, 2, width_ratios=(30, 1), gridspec_kw=edges | {"wspace": 0.05}
-    )
-    axes.set(**BARE)
+    every = math.ceil(max(height, width) / MAX_PANEL)
+    figure = new_figure((6, max(5 * min(height / width, MAX_RATIO), 4)), 160)
+    axes = figure.subplots(subplot_kw=BARE)
     shown = axes.imshow(deviation[::every, ::every], cmap="magma", vmin=0)
     label = "standard deviation of the predictions, in the file's numbers"
-    figure.colorbar(shown, scale, label=label)
-    return drawn(figure)
-
-
-def psf_shown(psf):
-    """Draw a PSF (h, w), enlarged, with a scale in pixels; return the PNG's bytes."""
-    figure = new_figure((4, 4), 120)
-    edges = {"left": 0.12, "right": 0.97, "bottom": 0.12, "top": 0.97}
-    axes = figure.subplots(gridspec_kw=edges)
-    (top, left), (h, w) = (n // 2 for n in psf.shape), psf.shape
-    sides = (-left - 0.5, w - left - 0.5, h - top - 0.5, -top - 0.5)
-    axes.imshow(psf, cmap="gray", vmin=0, extent=sides, interpolation="nearest")
-    axes.set(xlabel="pixels")
+    figure.colorbar(shown, ax=axes, label=label)
     return drawn(figure)
 
 
 def curves(records):
-    """Draw loss and PSNR over the steps, a line per image; return the PNG's bytes."""
+    """Draw loss and PSNR over the steps, a line for each of the results' records."""
     figure = new_figure((9, 4), 120)
-    axes = figure.subplots(1, 2, gridspec_kw={"left": 0.09, "right": 0.98})
+    axes = figure.subplots(1, 2)
     for record in records:
-        # Of "$" Matplotlib makes formulas; "_" it leaves out at the beginning.
+        # Matplotlib reads "$" as a formula, and drops a name that begins with "_".
         name = " " + record["name"].replace("$", r"\$")
         every = record["loss_every"]
         losses = [(every * n, loss) for n, loss in enumerate(record["losses"], 1)]
@@ -158,507 +97,485 @@ def curves(records):
     return drawn(figure)
 
 
-# --- one image -----------------------------------------------------------------------
-
-RESULTS = ["error.mat", "Self2Self-[0-9]*.png", "comparison.png", "uncertainty.png"]
-RESULTS += [f"restored{suffix}" for suffix in SUFFIXES]
-OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "kernel.png"]
-OWN_FILES += ["checkpoint.pt", *RESULTS]
-CHECKPOINT_FORMAT = 8
-# Seconds between two checkpoints; where saving is slow, so many times what the last one took.
-SAVE_EVERY, SAVING = 60, 20
-SPEAK_EVERY = 60  # seconds between two lines on stderr where it is no terminal
+# --- the picture that was read -------------------------------------------------------
 
 
-class Result:
-    """One image: its picture, its scores, and the files in its results folder.
+class Source:
+    """A picture as it was read, which of its entries are known, and its reference.
+
+    `image` and `known` have the margin; all other arrays, (C, h, w), lie at `place`.
 
     Args:
         path: the image file.
         args: the options' values.
-        settings, settings_name: see named_settings.
-        write_logs: called after every test.
+        margin: pixels (above, below), (left, right) that the forward operator sees beyond
+            the observation: added to an --observed picture, cut off another one.
+    Raises InputError or OSError for a file that cannot be used.
     """
 
-    def __init__(self, path, args, settings, settings_name, write_logs):
-        self.path, self.args, self.settings = path, args, settings
-        self.name, self.size = "/".join(result_names(path)), "its size"
-        self.write_logs = write_logs
-        self.folder = results_folder(path, args.model_type, settings_name)
-        self.rows, self.losses, self.notes = [], [], []
-        self.gaps = self.as_read = None
-        self.may_be_moved = False  # by its PSF: it is scored at the best shift, too
-        self.seconds, self.begun, self.bar = 0.0, False, None
-        self.state = self.saved_step = None  # to go on from; the last checkpoint's step
-        self.learner = self.stopping = (
-            None  # that trains; exit status that is asked for
-        )
-        # A training whose schedule has come to its end cannot be made longer.
-        self.extends = args.schedule == "constant"
-
-    def read(self, margin=((0, 0), (0, 0))):
-        """Read the picture.
-
-        Its pixels, or those of --reference, are what results are scored against; an
-        --observed image without a reference is not scored.
-
-        Args:
-            margin: pixels above, below; left, right, of which nothing is observed but
-                through a blur. An --observed picture gets them in addition, another one
-                loses them: scores and files are of what they enclose.
-
-        Returns:
-            The pixels with their margin, (C, H, W), 1 standing for the file's peak, and 1
-            where they are known, 0 where they are missing: (C, H, W) or (1, H, W), float32.
-        """
-        picture = read_picture(self.path, self.args.crop)
-        image, known = picture.image, self._known(picture)
-        if self.args.observed:
-            image, known = (np.pad(x, [(0, 0), *margin]) for x in (image, known))
-        sides = zip(margin, image.shape[1:])
+    def __init__(self, path, args, margin=((0, 0), (0, 0))):
+        self.path, self.args = path, args
+        # A pictures.Picture. Its image is NaN where `left_out`.
+        self.picture = picture = pictures.read_picture(path, args.crop)
+        known = self._read_known()
+        self.image = picture.image  # (C, H, W), 1 is the file's peak
+        # What results are scored against, but for its NaN entries.
+        self.clean = self._read_reference() if args.reference else None
+        if args.observed:
+            widths = (0, 0), *margin
+            self.image, known = np.pad(self.image, widths), np.pad(known, widths)
+        sides = zip(margin, self.image.shape[1:])
         self.place = (slice(None), *(slice(a, n - b) for (a, b), n in sides))
-        self.picture = picture if self.args.observed else picture.part(self.place)
+        if not args.observed:
+            self.picture = picture.part(self.place)
+            self.clean = self.picture.image
+            if not np.isfinite(self.image).all():
+                raise InputError(f"{path}: NaN or infinite pixels need --observed")
+        elif picture.absent is not None:
+            self.image[self.place][picture.absent] = np.nan
+        self.as_read = self.picture.image
+        height, width = self.as_read.shape[1:]
+        if min(height, width) < pictures.SMALLEST_SIDE:
+            left = f"{width}x{height} pixels; a side needs {pictures.SMALLEST_SIDE}"
+            raise InputError(f"{path}: the PSF leaves {left} or more")
+        self.size = pictures.describe(*self.as_read.shape)
         self.eight_bits = picture.dtype == np.uint8 and picture.peak == 255
-        height, width = self.picture.image.shape[1:]
-        if min(height, width) < SMALLEST_SIDE:
-            raise InputError(
-                f"{self.path}: the PSF leaves {width}x{height} pixels; a side needs "
-                f"{SMALLEST_SIDE} or more"
-            )
-        self.size = describe(*self.picture.image.shape)
-        self.clean = None if self.args.observed else self.picture.image
-        if self.args.reference:
-            reference = read_picture(self.args.reference, self.args.crop)
-            fits = len(reference.image) <= len(picture.image)
-            self._refuse_misfit(self.args.reference, reference, picture, fits)
-            self.clean = np.broadcast_to(reference.image, picture.image.shape)
-            if reference.absent is not None:
-                self.clean = np.where(reference.absent, np.nan, self.clean)
-        if not self.args.observed and not np.isfinite(image).all():
-            raise InputError(
-                f"{self.path}: it holds NaN or infinite pixels; with --observed they "
-                "are unknown"
-            )
-        inner = np.zeros((1, *image.shape[1:]), np.float32)
-        inner[self.place] = 1
-        self.known = known * inner
-        if self.args.observed and picture.absent is not None:
-            absent = np.zeros(image.shape, bool)
-            absent[self.place] = picture.absent
-            image = np.where(absent, np.nan, image)
-        self._refuse_nothing()
-        return image, self.known
+        # What is unknown besides --mask and --missing; what of it comes back as_read.
+        self.left_out = self.gaps = np.zeros(self.as_read.shape, bool)
+        self.known = np.zeros_like(known)  # 1 or 0, (C, H, W) or (1, H, W), float32
+        self.known[self.place] = known[self.place]
+        self._refuse_nothing_known()
 
-    def _refuse_nothing(self):
+    def _read_known(self):
+        """Return what --mask or --missing leave known of the whole picture."""
+        args, known = self.args, np.ones((1, *self.picture.image.shape[1:]), np.float32)
+        if args.missing:  # the noise has the same seed, and must have other draws
+            draws = np.random.default_rng((args.seed, 1)).random(known.shape)
+            known[draws < args.missing] = 0
+        if args.mask:
+            mask, known = pictures.read_mask(args.mask, args.crop)
+            self._refuse_misfit(args.mask, mask, len(known))
+        return known
+
+    def _read_reference(self):
+        """Return --reference, NaN where nothing was measured."""
+        reference = pictures.read_picture(self.args.reference, self.args.crop)
+        self._refuse_misfit(self.args.reference, reference, len(reference.image))
+        absent = False if reference.absent is None else reference.absent
+        clean = np.where(absent, np.nan, reference.image)
+        return np.broadcast_to(clean, self.picture.image.shape)
+
+    def _refuse_misfit(self, path, other, channels):
+        """Raise InputError if another Picture differs in size, or in channels but for 1."""
+        ours = self.picture.uncropped
+        same_size = other.uncropped.split()[0] == ours.split()[0]
+        if not same_size or channels not in {1, len(self.picture.image)}:
+            raise InputError(f"{path}: {other.uncropped}, but {self.path} is {ours}")
+
+    def _refuse_nothing_known(self):
         if not self.known.any():
             raise InputError(f"{self.path}: every pixel is missing")
 
     def leave_out(self, gaps, outliers):
-        """Take entries for unknown; say how many, and why.
+        """Take entries as unknown; say how many, and why; return what is known then.
 
-        Args:
-            gaps, outliers: (C, H, W), bool, with a margin: see network.unknown. Gaps come
-                back as they were, outliers as they are predicted.
-
-        Returns:
-            What is known then: see `read`.
+        `gaps` come back as they were read, `outliers` are predicted: see network.unknown.
+        Both are (C, H, W), bool, with the margin.
         """
         known = np.where(gaps | outliers, np.float32(0), self.known)
-        if (known == known[:1]).all():
-            known = known[:1]
         gaps, outliers = ((x & (self.known > 0))[self.place] for x in (gaps, outliers))
-        self.known = known
-        self._refuse_nothing()
-        if not (gaps.any() or outliers.any()):
-            return known
-        self.gaps, self.as_read = gaps, self.picture.image
-        self.picture = self.picture._replace(
-            image=np.where(gaps | outliers, np.nan, self.picture.image)
-        )
-        if self.clean is not None:
-            self.clean = np.where(gaps, np.nan, self.clean)
-            self.clean = self.clean if np.isfinite(self.clean).any() else None
-        why = ("not measured (they come back as they are)", gaps.sum())
-        why = why, ("far off all their neighbours (they are predicted)", outliers.sum())
-        why = ", ".join(f"{n} {reason}" for reason, n in why if n)
-        tqdm.write(f"{self.name}: {why}: unknown, of {gaps.size} entries")
-        return known
+        self.known = known[:1] if (known == known[:1]).all() else known
+        self._refuse_nothing_known()
+        self.gaps, self.left_out = gaps, gaps | outliers
+        if self.left_out.any():
+            image = np.where(self.left_out, np.nan, self.as_read)
+            self.picture = self.picture._replace(image=image)
+            if self.clean is not None:
+                clean = np.where(gaps, np.nan, self.clean)
+                self.clean = clean if np.isfinite(clean).any() else None
+            counts = {"not measured (they come back as they are)": gaps.sum()}
+            counts["far off all their neighbours (they are predicted)"] = outliers.sum()
+            why = ", ".join(f"{n} {why}" for why, n in counts.items() if n)
+            name = "/".join(pictures.result_names(self.path))
+            tqdm.write(f"{name}: {why}: unknown, of {gaps.size} entries")
+        return self.known
 
-    def _known(self, picture):
-        """Return what --mask or --missing say is known of a picture: see `read`."""
-        known = np.ones((1, *picture.image.shape[1:]), np.float32)
-        if self.args.missing:  # other draws than the noise's
-            draws = np.random.default_rng((self.args.seed, 1)).random(known.shape)
-            known = (draws >= self.args.missing).astype(np.float32)
-        if self.args.mask:
-            mask, known = read_mask(self.args.mask, self.args.crop)
-            fits = len(known) in {1, len(picture.image)}
-            self._refuse_misfit(self.args.mask, mask, picture, fits)
-        return known
 
-    def _refuse_misfit(self, path, other, picture, fits):
-        """Raise InputError where another picture is not of this one's size and kind."""
-        sizes = {x.uncropped.split()[0] for x in (other, picture)}
-        if len(sizes) > 1 or not fits:
-            raise InputError(
-                f"{path}: {other.uncropped}, but {self.path} is {picture.uncropped}"
-            )
+# --- progress ------------------------------------------------------------------------
 
-    def begin(self, learner, observation, noise, psf=None, **simulated):
+EVERY = 60  # seconds between two checkpoints, lines of progress, or logs, at least
+
+
+class Progress:
+    """One picture's progress: a bar or, if stderr is no terminal, a line a minute.
+
+    Between `start` and `close` a first signal only sets `stopping`, the exit status.
+    """
+
+    def __init__(self, name):
+        self.name, self.bar, self.stopping = name, None, None
+        self.spoken_at = time.perf_counter()
+
+    def start(self, total, done):
+        """Show a bar of `total` units, `done` of them done."""
+        how = {"desc": self.name, "disable": None, "leave": False}
+        self.bar = tqdm(total=total, initial=done, **how)
+
+    def advance(self, n):
+        """Show that n more units are done."""
+        self.bar.update(n)
+        if self.bar.disable:  # stderr is no terminal, and a bar would fill it
+            self.bar.n += n
+            if time.perf_counter() - self.spoken_at > EVERY:
+                self.spoken_at, share = time.perf_counter(), self.bar.n / self.bar.total
+                print(f"{self.name}: {share:.0%} done", file=sys.stderr)
+
+    def close(self):
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
+
+    def stop(self, number, _frame):
+        """Handle a signal. A second one does not wait for the end of the step."""
+        if self.bar is None or self.stopping:
+            sys.exit(128 + number)
+        self.stopping = 128 + number
+
+
+@contextmanager
+def signals_handled(handler):
+    """Let a function handle SIGINT and SIGTERM; only the main thread can."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if main}
+    # A shell that runs a command behind "&" has Ctrl-C ignored.
+    before = {n: f for n, f in before.items() if f not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+# --- one picture's results -----------------------------------------------------------
+
+COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr")
+COLUMNS += ("moved_psnr", "down", "right", "seconds")  # see pictures.score_moved
+RESULTS = ["error.mat", "Self2Self-[0-9]*.png", "comparison.png", "uncertainty.png"]
+RESULTS += [f"restored{suffix}" for suffix in pictures.SUFFIXES]
+OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "kernel.png"]
+OWN_FILES += ["checkpoint.pt", *RESULTS]
+SAVING = 20  # after a checkpoint that took t seconds, 20 t seconds pass without one
+
+
+def row_text(row):
+    """Write a test as a line of the log."""
+    step, loss, psnr, ssim, ensemble, *moved, _ = row
+    line = f"step {step:7d}  loss {loss:.6f}"
+    if psnr is not None:
+        line += f"  PSNR {psnr:.3f} dB  SSIM {ssim:.4f}"
+    if ensemble != psnr:
+        line += f"  plain ensemble {ensemble:.3f} dB"
+    if moved[0] is not None:
+        line += f"  ({pictures.Moved(*moved)})"
+    return line
+
+
+class Result:
+    """One picture's tests, and the files in its results folder.
+
+    A test is an ensemble prediction. It adds a row to `record`, the content of
+    record.json, writes pictures, and calls `write_logs`.
+    """
+
+    def __init__(self, path, folder, args, settings, write_logs):
+        self.path, self.args, self.settings = path, args, settings
+        self.folder, self.write_logs = folder, write_logs
+        self.name = "/".join(pictures.result_names(path))
+        self.progress = Progress(self.name)
+        # A training whose schedule has come to its end cannot be made longer.
+        self.extends = args.schedule == "constant"
+        self.may_be_moved = False  # by its PSF: it is scored at the best shift, too
+        self.source = self.learner = self.observation = None
+        self.unchanged = None  # where the result is the observation, (C, h, w), bool
+        self.begun = False  # whether the folder is this run's
+        self.record = {"name": self.name, "columns": COLUMNS, "rows": []}
+        self.record |= {"losses": [], "notes": [], "finished": False, "failed": None}
+        self.saved, self.saved_step = {}, None  # to go on from; of the last checkpoint
+        self.saved_at, self.saving = time.perf_counter(), 0.0  # when; how long it took
+        self.started = None  # time.perf_counter() less the seconds of earlier runs
+
+    def read(self, *margin):
+        """Read the picture; return its Source."""
+        self.source = Source(self.path, self.args, *margin)
+        return self.source
+
+    def begin(self, learner, y, noise, psf=None, **simulated):
         """Make the folder ready, and write the observation and what it was made of.
 
         Earlier results of the same picture and settings are replaced, others set aside.
-        With --resume a checkpoint is read, and checked, before anything is touched.
+        A checkpoint to resume from is read, and checked, before anything is touched.
 
         Args:
             learner: the network.Self2Self of the observation.
-            observation: y, (C, H, W), not clipped, with its margin.
-            noise: what noise it has, a network.noise.Noise.
+            y: the observation, (C, H, W), not clipped, with its margin.
+            noise: the noise it has, a network.noise.Noise.
             psf: the PSF (h, w), or None.
-            simulated: n, the noise, and blurred, of y's shape, that an --observed image has not.
+            simulated: n, the noise, and `blurred`, of y's shape; not for --observed.
         """
-        fused = learner.recipe.fuse != "none"
-        if fused and learner.recipe.noise is None and psf is None:
-            raise InputError(
-                f"{self.path}: its noise is {noise.describe()}: to fuse, --noise_sigma "
-                "says how strong it is"
-            )
-        if (learner.recipe.noise or 0) > 100 * 255:
-            raise InputError(f"{self.path}: noise over 100 times the picture's range")
-        observation = np.ascontiguousarray(observation[self.place])
-        if self.as_read is not None:
-            left_out = np.isnan(self.picture.image)
-            observation = np.where(left_out, self.as_read, observation)
-        self.observation = observation
-        # Without noise and blur what is known is the result.
-        self.noiseless = noise.kind == "none" and psf is None
-        self.iteration, self.loss_every = learner.recipe.iteration, learner.LOSS_EVERY
-        self.scores = None if self.clean is None else score(observation, self.clean)
-        self._describe(learner, noise)
-        recipe = asdict(learner.recipe) | {"kind of noise": noise.kind}
-        for field in ("scale", "noise"):  # which the observation decides
-            del recipe[field]
-        if self.extends:
-            del recipe["iteration"]
-        arrays = {"image or noise": [observation]}
-        arrays["reference"] = None if self.clean is None else [self.clean]
-        sums = {key: digest(array) for key, array in arrays.items()}
-        self.made_from = self.settings | recipe | sums
-        self.made_from["device"] = self.args.device.type
-        if not self.args.resume or not self._take_up():
-            make_room(self.folder, self.made_from, self.iteration)
+        source, picture, place = self.source, self.source.picture, self.source.place
+        self.learner = learner
+        self.observation = np.where(source.left_out, source.as_read, y[place])
+        # What is known is the result if there is neither noise nor blur.
+        exact = noise.kind == "none" and psf is None
+        self.unchanged = source.gaps | (exact and source.known[place] > 0)
+        self._describe(noise, exact)
+        if self.args.resume:
+            self._read_earlier()
+        if not self.saved:
+            make_room(self.folder, self.record["made_from"], learner.recipe.iteration)
         self.begun = True
         self._write_record()
-        self.picture.save(self.folder / "noisy.png", observation)
+        picture.save(self.folder / "noisy.png", self.observation)
         if psf is not None:
-            save_mat(self.folder / "kernel.mat", "kernel", psf)
-            write_atomically(self.folder / "kernel.png", psf_shown(psf))
+            utils.save_mat(self.folder / "kernel.mat", "kernel", psf)
+            panel = {"PSF, {1}x{0} pixels".format(*psf.shape): psf[None]}
+            self._write("kernel.png", comparison(panel, (0, psf.max())))
         if not self.args.observed:
-            save_mat(self.folder / "noise.mat", "noise", simulated["n"][self.place])
-        if not self.args.observed and "blurred" in simulated:
-            blurred = simulated["blurred"][self.place]
-            self.picture.save(self.folder / "blurred.png", blurred)
+            utils.save_mat(self.folder / "noise.mat", "noise", simulated["n"][place])
+            if "blurred" in simulated:
+                picture.save(self.folder / "blurred.png", simulated["blurred"][place])
 
-    def _describe(self, learner, noise):
-        """Say what the picture is: `heading`, a line for the log, and what to know of it."""
-        peak, shown = self.picture.peak, black_and_white(self.picture.image)
-        self.heading = f"{self.name}: {self.size}"
-        if self.scores:
-            self.heading += f", observation {self.scores[0]:.3f} dB"
-            low, high = black_and_white(self.clean)
+    def _describe(self, noise, exact):
+        """Add to the record what the picture is, and what the result depends on."""
+        source, clean, peak = self.source, self.source.clean, self.source.picture.peak
+        told, scores = noise.describe(peak), None
+        heading = f"{self.name}: {source.size}"
+        if clean is not None:
+            scores = pictures.score(self.observation, clean)
+            heading += f", observation {scores[0]:.3f} dB"
+            low, high = pictures.black_and_white(clean)
             if (low, high) != (0, 1):
-                self.heading += (
-                    f" (peak: the reference's range, {peak * (high - low):.4g})"
-                )
-        self.noise = noise.describe(peak)
-        self.heading += f", noise: {self.noise}"
-        if noise.lines and not self.eight_bits:
-            self.heading += " (in the file's numbers"
-            if self.args.observed and noise.kind == "white":
-                self.heading += f", --noise_sigma {float(f'{noise.sigma():.3g}'):g}"
-            self.heading += ")"
-        missing = 1 - self.known[self.place].mean(dtype=np.float64)
+                heading += f" (peak: the reference's range, {peak * (high - low):.4g})"
+        heading += f", noise: {told}"
+        if noise.lines and not source.eight_bits:
+            flag = f", --noise_sigma {float(f'{noise.sigma():.3g}'):g}"
+            flag = flag if self.args.observed and noise.kind == "white" else ""
+            heading += f" (in the file's numbers{flag})"
+        missing = 1 - source.known[source.place].mean(dtype=np.float64)
         if missing:
-            self.heading += f", {missing:.2%} missing"
-        elif self.noiseless:
-            self.heading += ": it comes back as it is"
-        tqdm.write(self.heading)
-        if shown != (0, 1):
-            low, high = (peak * end for end in shown)
+            heading += f", {missing:.2%} missing"
+        elif exact:
+            heading += ": it comes back as it is"
+        tqdm.write(heading)
+        low, high = (peak * x for x in pictures.black_and_white(source.picture.image))
+        if (low, high) != (0, peak):
             tqdm.write(f"{self.name}: PNGs show {low:.4g} black and {high:.4g} white")
-        wanted = self.args.num_prediction
-        made = learner.ensemble_size(wanted)
-        if made < wanted and "num_prediction" in self.args.given:
-            tqdm.write(f"{self.name}: --num_prediction {wanted}: {made} for its size")
+        recipe = asdict(self.learner.recipe) | {"kind of noise": noise.kind}
+        del recipe["scale"], recipe["noise"]  # which the observation decides
+        if self.extends:
+            del recipe["iteration"]
+        sums = {"image or noise": utils.digest([self.observation])}
+        sums["reference"] = utils.digest(None if clean is None else [clean])
+        made_from = self.settings | recipe | sums | {"device": self.args.device.type}
+        self.record |= {"size": source.size, "heading": heading, "noise": told}
+        self.record |= {"observation": scores, "made_from": made_from}
+        self.record["loss_every"] = self.learner.LOSS_EVERY
 
-    def _take_up(self):
-        """Take up the tests of a checkpoint or, where a run is complete, of its record.
-
-        Returns:
-            Whether there is one of them.
-
-        Raises:
-            InputError: it cannot be gone on from; the text says why.
-        """
+    def _read_earlier(self):
+        """Take over the tests of a checkpoint or, if a run is complete, of its record."""
         path = self.folder / "checkpoint.pt"
         if path.exists():
             saved = read_checkpoint(path)
-            self.state, self.seconds = saved["learner"], saved["seconds"]
         else:
             path, saved = self.folder / "record.json", read_record(self.folder)
-            complete = saved and self._reaches_end(saved["rows"])
+            steps = [row[0] for row in saved["rows"]] if saved else []
+            complete = max(steps, default=0) >= self.learner.recipe.iteration
             if not complete or not self._restored_path().exists():
-                return False
-        was, now = saved["made_from"], self.made_from
+                return
+        was, now = saved["made_from"], self.record["made_from"]
         changed = [k for k in was.keys() | now.keys() if was.get(k) != now.get(k)]
         if changed:
             what = f"it is of another {', another '.join(sorted(changed))}"
             what = "the program has changed since" if "program" in changed else what
             raise InputError(f"{path}: {what}; without --resume the run starts over")
-        self.rows = [*map(tuple, saved["rows"])]
-        self.losses, self.notes = saved["losses"], saved["notes"]
-        step = self.state["step"] if self.state else self.rows[-1][0]
-        if step > self.iteration and (not self.rows or step != self.rows[-1][0]):
-            raise InputError(
-                f"{self.name}: the checkpoint is of step {step} already, between "
-                "two tests; a larger --iteration goes on from it"
-            )
-        return True
+        self.record |= {key: saved[key] for key in ("rows", "losses", "notes")}
+        self.saved = saved
 
-    def _reaches_end(self, rows):
-        return bool(rows) and rows[-1][0] >= self.iteration
-
-    def is_complete(self):
-        """Tell whether the last step's test has been taken into the record."""
-        return self._reaches_end(self.rows)
-
-    def resume(self, learner):
-        """With --resume, let the learner go on from the checkpoint, where there is one."""
-        step = self.rows[-1][0] if self.rows else 0
-        if self.state:
-            learner.load_state_dict(self.state)
-            self.state, step = None, learner.step
-            self.saved_step = step
+    def resume(self):
+        """Go on from what `begin` has read with --resume; start the clock and the bar."""
+        step, saved = max(0, self.tested_step), self.saved
+        if "learner" in saved:
+            self.learner.load_state_dict(saved["learner"])
+            self.saved_step = step = self.learner.step
+        self.saved = {}
         if step:
             at = "finished already, at" if self.is_complete() else "going on from"
             tqdm.write(f"{self.name}: {at} step {step}")
-        self.learner = learner
-        self.saved_at = self.spoken_at = time.perf_counter()
-        self.started, self.saving = self.saved_at - self.seconds, 0.0
-        tests = self.iteration // self.args.test_frequency
-        tests += self.iteration % self.args.test_frequency > 0
-        test = learner.ensemble_size(self.args.num_prediction) + 1  # its files
-        total, done = self.iteration + tests * test, step + len(self.rows) * test
-        self.bar = tqdm(
-            total=total, initial=done, desc=self.name, disable=None, leave=False
-        )
+        self.started = time.perf_counter() - saved.get("seconds", 0.0)
+        iteration = self.learner.recipe.iteration
+        tests = math.ceil(iteration / self.args.test_frequency)
+        test = self.learner.ensemble_size(self.args.num_prediction) + 1  # its files
+        done = step + len(self.record["rows"]) * test
+        self.progress.start(iteration + tests * test, done)
 
-    def awaits_test(self, learner):
-        """Tell whether the ensemble is to be predicted now, before another step."""
-        step, every = learner.step, self.args.test_frequency
-        due = step == self.iteration or (step > 0 and step % every == 0)
-        return due and not self._tested(step) and learner.alive()
+    @property
+    def tested_step(self):
+        """The step of the last test; -1 before the first one."""
+        return self.record["rows"][-1][0] if self.record["rows"] else -1
 
-    def _tested(self, step):
-        return bool(self.rows) and self.rows[-1][0] == step
+    def is_complete(self):
+        """Tell whether the last step has been tested."""
+        return self.tested_step >= self.learner.recipe.iteration
 
-    def add(self, learner, restored, image, error):
-        """Take a test into the record, and write its pictures.
+    def awaits_test(self):
+        """Tell whether the learner is to predict now, before another step."""
+        step, recipe = self.learner.step, self.learner.recipe
+        # A run resumed with a smaller --iteration may be past its last step.
+        due = step > 0 and step % self.args.test_frequency == 0
+        due = due or step >= recipe.iteration
+        return step > self.tested_step and due and self.learner.alive()
+
+    def add(self, restored, image, error):
+        """Score a test, add it to the record, and write its pictures.
 
         Args:
-            learner: the network.Self2Self, which has just predicted.
             restored: the ensemble's Restoration, with its margin.
-            image, error: what the learner's `fuse` made of it.
-
-        Raises:
-            FloatingPointError: the restoration is not finite; nothing is written.
+            image, error: what the learner's `fuse` made of it, with their margin.
+        Raises FloatingPointError, before it writes, for a restoration that is not finite.
         """
-        images = [x[self.place] for x in (restored.image, image)]
+        source, picture, step = self.source, self.source.picture, self.learner.step
+        images = [x[source.place] for x in (restored.image, image)]
         if not all(np.isfinite(image).all() for image in images):
             raise FloatingPointError("the output is not finite; lower --lr")
-        if self.noiseless:
-            known = self.known[self.place]
-            images = [np.where(known, self.observation, x) for x in images]
-        if self.gaps is not None:
-            images = [np.where(self.gaps, self.as_read, x) for x in images]
-        peak, step = self.picture.peak, learner.step
-        result, scores, plain, moved = images[-1], None, None, None
-        if self.clean is not None:
-            scores = score(result, self.clean)
-            plain = scores[0] if error is None else score(images[0], self.clean)[0]
-            moved = score_moved(result, self.clean) if self.may_be_moved else None
-        seconds = time.perf_counter() - self.started
-        row = step, learner.mean_loss(), *(scores or (None, None)), plain
-        self.rows.append((*row, *(moved or (None, None, None)), seconds))
-        self.losses = learner.read_losses().copy()
+        given, y = self.unchanged, self.observation
+        ensemble, image = (np.where(given, y, x) for x in images)
+        panels = {"observation": y, "restored": image}
+        psnr, ssim, plain, moved = [None] * 4
+        if source.clean is not None:
+            psnr, ssim = pictures.score(image, source.clean)
+            plain = psnr if error is None else pictures.score(ensemble, source.clean)[0]
+            moved = self.may_be_moved and pictures.score_moved(image, source.clean)
+            before = f"observation {self.record['observation'][0]:.2f} dB"
+            after = f"restored {psnr:.2f} dB" + (f", {moved}" if moved else "")
+            panels = {before: y, after: image, "clean": source.clean}
+        row = step, self.learner.mean_loss(), psnr, ssim, plain, *(moved or [None] * 3)
+        self.record["rows"].append((*row, time.perf_counter() - self.started))
+        self.record["losses"] = [*self.learner.read_losses()]
         if error is not None:
-            save_mat(self.folder / "error.mat", "error", peak**2 * error[self.place])
-        for name in (f"Self2Self-{step}.png", f"restored{self.picture.suffix}"):
-            self.picture.save(self.folder / name, result)
-        rounding = self.picture.rounding(result)
-        if rounding > MOST_ROUNDING and step == self.iteration:
-            tqdm.write(
-                f"{self.name}: rounding to whole numbers changes its mean by "
-                f"{rounding:.0%}; save the picture as float, in a TIFF"
-            )
-        deviation = peak * np.sqrt(restored.variance[self.place].mean(0))
-        write_atomically(self.folder / "uncertainty.png", uncertainty(deviation))
-        shown = [x and f"{x[0]:.2f} dB" for x in (self.scores, scores)]
-        shown[1] = f"{shown[1]}, {moved}" if moved else shown[1]
-        panels = [("observation", self.observation, shown[0])]
-        panels += [("restored", result, shown[1])]
-        panels += [] if self.clean is None else [("clean", self.clean, None)]
-        # of a dark picture of 16 bits nothing would be seen
-        ends = (0, 1) if self.eight_bits else np.nanquantile(result, (TAIL, 1 - TAIL))
-        write_atomically(self.folder / "comparison.png", comparison(panels, ends))
+            error = picture.peak**2 * error[source.place]
+            utils.save_mat(self.folder / "error.mat", "error", error)
+        for path in (self.folder / f"Self2Self-{step}.png", self._restored_path()):
+            picture.save(path, image)
+        if picture.rounding(image) > pictures.MOST_ROUNDING and self.is_complete():
+            advice = "rounding changes its mean; save the picture as float, in a TIFF"
+            tqdm.write(f"{self.name}: {advice}")
+        deviation = picture.peak * np.sqrt(restored.variance[source.place].mean(0))
+        self._write("uncertainty.png", uncertainty(deviation))
+        # Most pictures of 16 bits would be all dark.
+        ends = (0, 1) if source.eight_bits else np.nanquantile(image, (0.001, 0.999))
+        self._write("comparison.png", comparison(panels, ends))
         self._write_record()
         self.write_logs()
-        tqdm.write(f"{self.name}: {row_text(self.rows[-1])}")
+        tqdm.write(f"{self.name}: {row_text(self.record['rows'][-1])}")
 
     def advance(self, n=1):
-        """Show the progress: steps and predictions, on one bar, or now and then in a line.
-
-        Where a signal has come, save a checkpoint, and exit.
-        """
-        self.bar.update(n)
-        now = time.perf_counter()
-        if self.bar.disable:  # stderr is no terminal, and would be filled
-            self.bar.n += n
-            if now - self.spoken_at > SPEAK_EVERY:
-                self.spoken_at, share = now, self.bar.n / self.bar.total
-                print(f"{self.name}: {share:.0%} done", file=sys.stderr)
-        if self.stopping:
-            try:
+        """Show that n steps or predictions are done; after a signal, save and exit."""
+        self.progress.advance(n)
+        if self.progress.stopping:
+            with suppress(OSError):  # `whats_left` tells what could not be saved
                 if self.learner.step:
-                    self._save_checkpoint(self.learner)
-            except OSError as error:
-                report(reason(error))
-            sys.exit(self.stopping)
+                    self._save_checkpoint()
+            sys.exit(self.progress.stopping)
 
-    def stop(self, number, _frame):
-        """Handle a signal: exit, or let the step at hand end first, so that it can be saved.
+    def keep(self):
+        """Follow a step or a test: drop a dead network's tests, save a checkpoint."""
+        if len(self.learner.notes) > len(self.record["notes"]):
+            self.record |= {"notes": [*self.learner.notes], "rows": [], "losses": []}
+            for file in itertools.chain.from_iterable(map(self.folder.glob, RESULTS)):
+                file.unlink()
+            self._write_record()
+            tqdm.write(f"{self.name}: {self.learner.notes[-1]}")
+        self.advance()
+        late = time.perf_counter() - self.saved_at > max(EVERY, SAVING * self.saving)
+        due = late or self.learner.step == self.tested_step
+        if due and (self.extends or not self.is_complete()):
+            self._save_checkpoint()
 
-        A second one does not wait.
-        """
-        if self.learner is None or self.stopping:
-            sys.exit(128 + number)
-        self.stopping = 128 + number
+    def _save_checkpoint(self):
+        """Save all that the coming steps and the results depend on."""
+        import torch
+
+        started = time.perf_counter()
+        state = self.record | {"learner": self.learner.state_dict()}
+        state |= {"losses": self.learner.losses, "seconds": started - self.started}
+        with utils.atomic_file(self.folder / "checkpoint.pt") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError:  # PyTorch's says "unexpected pos"
+                raise OSError(None, "cannot be written; is the disk full?") from None
+        self.saved_step, self.saved_at = self.learner.step, time.perf_counter()
+        self.saving = self.saved_at - started
+
+    def finish(self, failed=None):
+        """Complete the record, with what failed; remove a checkpoint of no more use."""
+        self.progress.close()
+        if self.begun:
+            self.record |= {"finished": not failed, "failed": failed}
+            self._write_record()
+        if not failed and not self.extends:
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        if self.record["rows"]:
+            print(self._restored_path())
 
     def whats_left(self):
-        """Say, of a run that was interrupted, where --resume goes on."""
+        """Tell what an interruption leaves: where --resume goes on from."""
         if self.saved_step:
             return f"--resume goes on from step {self.saved_step}"
         steps = self.learner.step if self.learner else 0
         return f"its {steps} steps are lost" if steps else "nothing is lost"
 
-    def keep(self, learner):
-        """Take a step or a test into account: progress, a network's new start, a checkpoint."""
-        if len(learner.notes) > len(self.notes):  # the tests of a dead network go
-            self.notes = learner.notes.copy()
-            self.rows.clear()
-            self.losses.clear()
-            for pattern in RESULTS:
-                for file in self.folder.glob(pattern):
-                    file.unlink()
-            self._write_record()
-            tqdm.write(f"{self.name}: {self.notes[-1]}")
-        self.advance()
-        late = time.perf_counter() - self.saved_at
-        due = self._tested(learner.step) or late > max(SAVE_EVERY, SAVING * self.saving)
-        if due and (self.extends or not self.is_complete()):
-            self._save_checkpoint(learner)
-
-    def _save_checkpoint(self, learner):
-        """Save all that the coming steps and the results depend on."""
-        import torch
-
-        started = time.perf_counter()
-        state = {"format": CHECKPOINT_FORMAT, "made_from": self.made_from}
-        state |= {"rows": self.rows, "seconds": started - self.started}
-        state |= {"learner": learner.state_dict(), "notes": self.notes}
-        state["losses"] = learner.losses
-        with atomic_file(self.folder / "checkpoint.pt") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError:  # PyTorch's, which says "unexpected pos"
-                raise OSError(None, "cannot be written; is the disk full?") from None
-        self.saved_at, self.saved_step = time.perf_counter(), learner.step
-        self.saving = self.saved_at - started
-
-    def finish(self, failed=None):
-        """Mark the record: there is no more to come. Remove a checkpoint of no more use.
-
-        Args:
-            failed: why there is not, where something went wrong.
-        """
-        self.learner = None
-        if self.bar is not None:
-            self.bar.close()
-        if self.begun:
-            self._write_record(finished=not failed, failed=failed)
-        if not failed and not self.extends:
-            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
-        if self.rows:
-            print(self._restored_path())
-
     def _restored_path(self):
-        return self.folder / f"restored{self.picture.suffix}"
+        return self.folder / f"restored{self.source.picture.suffix}"
 
-    def _write_record(self, finished=False, failed=None):
-        """Write what is known of this image as JSON."""
-        record = {"name": self.name, "size": self.size, "finished": finished}
-        record["failed"] = failed
-        record |= {
-            "heading": self.heading,
-            "noise": self.noise,
-            "notes": self.notes,
-            "written": time.time(),
-        }
-        reached = max([self.iteration, *(row[0] for row in self.rows)])
-        record |= {"made_from": self.made_from, "iteration": reached}
-        record |= {"observation": self.scores, "columns": COLUMNS, "rows": self.rows}
-        record |= {"loss_every": self.loss_every, "losses": self.losses}
-        data = json.dumps(record, indent=1).encode()
-        write_atomically(self.folder / "record.json", data)
+    def _write(self, name, data):
+        utils.write_atomically(self.folder / name, data)
 
-
-def results_folder(path, model_type, settings_name):
-    """Say where the results of an image go."""
-    return Path("images", *result_names(path), model_type, settings_name)
+    def _write_record(self):
+        steps = max(self.learner.recipe.iteration, self.tested_step)
+        write_record(self.folder, self.record | {"iteration": steps})
 
 
 def read_record(folder):
-    """Return the record of a results folder; None where there is none of ours."""
+    """Return the record of a results folder; None if there is none of ours."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads((folder / "record.json").read_text())
         ours = {"made_from", "iteration", "rows", "losses", "finished", "written"}
         return record if ours <= record.keys() else None
 
 
-def read_checkpoint(path):
-    """Return what a checkpoint holds, on the CPU.
+def write_record(folder, record):
+    """Write the record of a results folder, and when that was."""
+    data = json.dumps(record | {"written": time.time()}, indent=1)
+    utils.write_atomically(folder / "record.json", data.encode())
 
-    Raises:
-        InputError: the file is none; the text says why.
-    """
+
+def read_checkpoint(path):
+    """Return what a checkpoint holds; raise InputError for a file that is none."""
     import torch
 
     with suppress(Exception):  # a damaged file fails in many ways
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["format"] == CHECKPOINT_FORMAT:
+        if {"made_from", "rows", "losses", "notes", "learner"} <= saved.keys():
             return saved
-    raise InputError(
-        f"{path}: damaged, or no checkpoint of this version of the program; without it "
-        "the run starts over"
-    )
+    raise InputError(f"{path}: damaged, or of another version; delete it to start over")
 
 
 def make_room(folder, made_from, steps):
-    """Remove a folder's results of the same pixels and settings, set others aside.
-
-    Others are those of more steps, too.
-    """
-    if not any(folder.glob("[!.]*")):  # nothing but what a killed run was writing
+    """Remove results that this run repeats, or rename the folder to keep others."""
+    if not any(folder.glob("[!.]*")):  # at most what a killed run was writing
         return
     record = read_record(folder)
     if record and record["made_from"] == made_from and record["iteration"] <= steps:
@@ -672,86 +589,55 @@ def make_room(folder, made_from, steps):
     tqdm.write(f"{folder}: kept as {free}")
 
 
-def mark_failed(folder):
-    """Note in an earlier record that its picture fails now, for other processes to see."""
-    record = read_record(folder)
-    if record:
-        record["failed_at"] = time.time()
-        write_atomically(folder / "record.json", json.dumps(record, indent=1).encode())
-
-
-@contextmanager
-def signals_handled(handler):
-    """Let a function handle Ctrl-C and the wish to end; not outside the main thread."""
-    main = threading.current_thread() is threading.main_thread()
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if main}
-    # Behind a "&" a shell has Ctrl-C ignored.
-    before = {n: f for n, f in before.items() if f not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
-
-
 # --- all images of a call ------------------------------------------------------------
 
 SKEW = 60  # seconds between the starts of several processes, at most
-LOGGING = 20  # logs are written no sooner than so many times what the last time took
 SUMMARY = ("image", "size", "observation_psnr", "psnr", "ssim", "steps", "seconds")
 
 
 class Run:
     """All images of one call of a script: which they are, their log, the exit status.
 
-    What cannot be read or written, as far as it can be known now, exits with status 2.
-
-    Args:
-        args: the options' values.
-        defaults: the script's.
-        psf: the PSF's name, or None.
+    What can be seen beforehand to be unreadable or unwritable exits with status 2.
+    `defaults` are the script's, `psf` is the PSF's name, or None.
     """
 
     def __init__(self, args, defaults, psf=None):
-        self.args, self.failed, self.begun = args, [], False
-        self.started = time.time()
-        self.logged, self.drawn = {}, []  # records; their tests
-        self.logged_at, self.logging = -math.inf, 0.0  # when, and how long it took
-        self.behind = False  # whether a test is not in the logs yet
+        self.args, self.failed = args, []
+        self.started, self.logged_at = time.time(), -math.inf
+        self.records, self.stacks = {}, {}  # as last logged; path -> its planes
         try:
-            self.settings = named_settings(args, defaults, psf)
+            self.settings, self.named = utils.named_settings(args, defaults, psf)
             self.log = Path(args.log_path)
-            self.files = find_images(args.path)
-            self._share_out()
+            self.totals = self.log.parent / f"{self.log.stem}-summary.csv"
+            self.files = pictures.find_images(args.path)
+            texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+            rank, self.world = (int(x) if x.isdecimal() else -1 for x in texts)
+            if not 0 <= rank < self.world:
+                raise InputError(f"RANK and WORLD_SIZE: {texts}; 0, 1 is one process")
+            self.paths = self.files[rank :: self.world]  # this process's
+            for file in self.files:
+                if stack := pictures.stack_of(file):
+                    self.stacks.setdefault(stack, []).append(file)
             self._check()
         except (InputError, OSError) as error:
-            report(reason(error))
+            utils.report(utils.reason(error))
             sys.exit(2)
-
-    def _share_out(self):
-        """Say which of the images are this process's: `paths`."""
-        texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        self.rank, self.world = (int(x) if x.isdecimal() else -1 for x in texts)
-        if not 0 <= self.rank < self.world:
-            raise InputError(f"RANK and WORLD_SIZE: {texts}; 0, 1 is one process")
-        self.paths = self.files[self.rank :: self.world]
-        ours = Counter(filter(None, map(stack_of, self.paths)))
-        for stack, n in Counter(filter(None, map(stack_of, self.files))).items():
-            print(f"{stack}: {n} planes, {ours[stack]} of them to restore")
+        for stack, planes in self.stacks.items():
+            ours = len({*planes} & {*self.paths})
+            print(f"{stack}: {len(planes)} planes, {ours} of them to restore")
 
     def _check(self):
-        """Raise InputError where a file would be written in another's place."""
+        """Raise InputError if a file would be written in another's place."""
         args, log = self.args, self.log
         if not log.name or log.suffix in (".csv", ".png"):
             raise InputError(f"--log_path {log}: a text file, such as log.txt")
         if len(self.files) > 1 and args.reference:
             raise InputError("--reference goes with one image, not with several")
-        inputs = [stack_of(file) or file for file in self.files]
+        inputs = [pictures.stack_of(file) or file for file in self.files]
         inputs += [args.reference, args.mask, getattr(args, "kernel", None)]
         inputs = {Path(file).resolve() for file in inputs if file}
-        logs = [log, log.with_suffix(".csv"), log.with_suffix(".png"), self._totals()]
+        logs = [log, log.with_suffix(".csv"), log.with_suffix(".png"), self.totals]
         for path in logs:
             if path.is_dir() or path.resolve() in inputs:
                 raise InputError(f"--log_path: {path} is a folder or an input")
@@ -765,68 +651,61 @@ class Run:
             if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
                 raise InputError(f"{there}: make it a folder that can be written to")
 
-    def _totals(self):
-        return self.log.with_name(f"{self.log.stem}-summary.csv")
-
     def _folder(self, path):
-        return results_folder(path, self.args.model_type, self.settings[1])
+        names = pictures.result_names(path)
+        return Path("images", *names, self.args.model_type, self.named)
 
     @contextmanager
     def image(self, path):
-        """Give the Result of one image; report what goes wrong, so that the next goes on."""
-        result = Result(path, self.args, *self.settings, self._log_a_test)
+        """Give the Result of one image; report an error, so that the next image follows."""
+        result = Result(path, self._folder(path), self.args, self.settings, self._log)
         try:
-            with signals_handled(result.stop):
+            with signals_handled(result.progress.stop):
                 yield result
         except (KeyboardInterrupt, SystemExit) as stop:
-            report(f"{result.name}: interrupted; {result.whats_left()}")
+            utils.report(f"{result.name}: interrupted; {result.whats_left()}")
             with suppress(OSError):
-                if self.behind:
-                    self.write_logs()
+                self.write_logs()
             sys.exit(stop.code if isinstance(stop, SystemExit) else 130)
         except Exception as error:
-            message = reason(error, result.path, result.size)
+            size = result.source.size if result.source else "its size"
+            message = utils.reason(error, path, size)
             if message is None:
                 raise
-            if result.rows:
-                message += f"; the result of step {result.rows[-1][0]} is kept"
-            report(message)
+            if result.tested_step > 0:
+                message += f"; the result of step {result.tested_step} is kept"
+            utils.report(message)
             self.failed.append(str(path))
             with suppress(OSError):  # which may be what failed
                 result.finish(failed=message)
-                if self.world > 1 and not result.begun:
-                    mark_failed(result.folder)
-        finally:
-            self.begun |= result.begun
 
     def finish(self):
         """Write and print the totals; return the exit status.
 
-        That is 0, or where images failed 1, 2 if no training had begun. Of several
-        processes each ends with 0: torchrun would end the others when one has failed.
+        It is 0 or, if images failed, 1, or 2 if no training had begun. It is 0 for each
+        of several processes: torchrun would end the others if one had failed.
         """
         if self.failed and len(self.files) > 1:
-            names = ", ".join(self.failed)
-            report(f"{len(self.failed)} of {len(self.files)} images failed: {names}")
+            count = f"{len(self.failed)} of {len(self.files)} images failed"
+            utils.report(f"{count}: {', '.join(self.failed)}")
         try:
             table = self.write_logs()
             # Others may have finished meanwhile. In text a NaN equals itself.
-            while self.world > 1 and str(self._records()) != str(self.logged):
+            while self.world > 1 and str(self._read_records()) != str(self.records):
                 table = self.write_logs()
-            for row in table:
-                cells = (
-                    f"{c:.3f}" if isinstance(c, float) else c or "-" for c in row[1:]
-                )
-                print(f"{row[0]:32s}", *(f"{cell:>16}" for cell in cells))
-            self._join_stacks()
+            for name, *cells in table:
+                texts = (f"{x:.3f}" if type(x) is float else x or "-" for x in cells)
+                print(f"{name:32s}", *(f"{text:>16}" for text in texts))
+            for stack, planes in self.stacks.items():
+                self._join(stack, planes)
         except (InputError, OSError) as error:
-            report(reason(error))
+            utils.report(utils.reason(error))
             return 1
-        if self.world > 1:
+        if self.world > 1 or not self.failed:
             return 0
-        return (1 if self.begun else 2) if self.failed else 0
+        return 1 if self.records else 2
 
-    def _records(self):
+    def _read_records(self):
         """Return the records of this call's images so far, path -> record.
 
         An earlier call's do not count, unless it is resumed and has not failed now. Other
@@ -835,36 +714,29 @@ class Run:
         found, ours, failed = {}, set(self.paths), set(self.failed)
         for file in self.files:
             record = read_record(self._folder(file))
-            # No joined stack's, nor another version's.
-            if not record or record.get("columns") != [*COLUMNS]:
-                continue
             since = self.started - (0 if file in ours else SKEW)
-            marked = record.get("failed_at", 0) >= since  # by another process
-            resumed = self.args.resume and str(file) not in failed
-            if not marked and (resumed or record["written"] >= since):
-                found[file] = record
+            # A joined stack's record has no columns; another version has others.
+            if record and record.get("columns") == [*COLUMNS]:
+                resumed = self.args.resume and str(file) not in failed
+                if resumed or record["written"] >= since:
+                    found[file] = record
         return found
 
-    def _log_a_test(self):
-        """Write the logs, but for where that would take much of the time: of many images."""
-        started = time.perf_counter()
-        self.behind = started - self.logged_at < LOGGING * self.logging
-        if not self.behind:
+    def _log(self):
+        """Write the logs after a test, if the last time is long ago: they may take long."""
+        if time.perf_counter() - self.logged_at > EVERY:
             self.write_logs()
             self.logged_at = time.perf_counter()
-            self.logging = self.logged_at - started
 
     def write_logs(self):
-        """Write the log, its CSV, the curves and the summary, of all records there are.
+        """Write the log, its CSV, the curves and the summary; return the summary's rows.
 
-        Every process writes them alike. Returns the summary's rows.
+        Every process writes those of all records that there are.
         """
-        values = vars(self.args).items()
-        lines = [
-            f"{k}: {v}" for k, v in values if k not in ("resume", "given", "schedule")
-        ]
-        rows, table, self.logged = [("image", *COLUMNS)], [], self._records()
-        records = self.logged.values()
+        hidden = ("resume", "given", "schedule")
+        lines = [f"{k}: {v}" for k, v in vars(self.args).items() if k not in hidden]
+        rows, table, self.records = [("image", *COLUMNS)], [], self._read_records()
+        records = self.records.values()
         for record in records:
             lines += ["", record["heading"], *record["notes"]]
             lines += map(row_text, record["rows"])
@@ -877,37 +749,30 @@ class Run:
                 table.append((record["name"], *cells))
         if not records:
             return []
-        write_atomically(self.log, "\n".join([*lines, ""]).encode())
-        write_atomically(self.log.with_suffix(".csv"), csv_text(rows))
-        if rows != self.drawn:  # drawing takes longer than all else here
-            write_atomically(self.log.with_suffix(".png"), curves(records))
-            self.drawn = rows
+        utils.write_atomically(self.log, "\n".join([*lines, ""]).encode())
+        utils.write_atomically(self.log.with_suffix(".csv"), utils.csv_text(rows))
+        utils.write_atomically(self.log.with_suffix(".png"), curves(records))
         if not table:
             return []
         scored = [row[2:5] for row in table if row[3] is not None]
         means = np.mean(scored, 0).tolist() if scored else [None] * 3
         table = [SUMMARY, *table, ("average", f"of {len(table)}", *means, None, None)]
-        write_atomically(self._totals(), csv_text(table))
+        utils.write_atomically(self.totals, utils.csv_text(table))
         return table
 
-    def _join_stacks(self):
-        """Join the restored planes of every stack all of whose planes are finished."""
-        finished = {path: r for path, r in self._records().items() if r["finished"]}
-        stacks = {}
-        for file in self.files:
-            stacks.setdefault(stack_of(file), []).append(file)
-        stacks.pop(None, None)
-        for stack, own in stacks.items():
-            if all(file in finished for file in own):
-                folder, name = self._folder(stack), f"restored{stack.suffix.lower()}"
-                record = {"made_from": [finished[file]["made_from"] for file in own]}
-                record |= {"iteration": max(finished[f]["iteration"] for f in own)}
-                record |= {"rows": [], "losses": [], "finished": True}
-                record["written"] = time.time()
-                earlier = read_record(folder) or {}
-                if any(earlier.get(k) != record[k] for k in ("made_from", "iteration")):
-                    make_room(folder, record["made_from"], record["iteration"])
-                restored = [self._folder(file) / name for file in own]
-                join_planes(folder / name, stack, restored)
-                write_atomically(folder / "record.json", json.dumps(record).encode())
-                print(folder / name)
+    def _join(self, stack, planes):
+        """Join the restored planes of a stack if all of them are finished."""
+        found = self._read_records()
+        records = [found[file] for file in planes if file in found]
+        if len(records) < len(planes) or not all(r["finished"] for r in records):
+            return
+        folder, name = self._folder(stack), f"restored{stack.suffix.lower()}"
+        record = {"made_from": [record["made_from"] for record in records]}
+        record["iteration"] = max(record["iteration"] for record in records)
+        earlier = read_record(folder) or {}
+        if earlier | record != earlier:
+            make_room(folder, record["made_from"], record["iteration"])
+        restored = [self._folder(file) / name for file in planes]
+        pictures.join_planes(folder / name, stack, restored)
+        write_record(folder, record | {"rows": [], "losses": [], "finished": True})
+        print(folder / name)

@@ -360,11 +360,13 @@ class Self2Self:
         return scale.back(fused, self.observed_dtype), self._typed(error)
 
     def mean_loss(self):
-        """Mean loss of the steps since this was last asked for. Reads the device."""
-        mean = self.loss_sum.item() / max(1, self.loss_steps)
+        """Mean loss of the steps since `reset_mean_loss`. Reads the device."""
+        return self.loss_sum.item() / max(1, self.loss_steps)
+
+    def reset_mean_loss(self):
+        """Let `mean_loss` begin anew with the next step."""
         self.loss_sum.zero_()
         self.loss_steps = 0
-        return mean
 
     def _sample(self, masks, y, known, n):
         """Predict from n Bernoulli samples of y, or of a part of it.

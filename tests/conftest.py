@@ -31,5 +31,5 @@ def blank_figures(request, monkeypatch):
     """Draw no figure, which takes longer than a few steps, where no test looks at one."""
     if "figures" not in request.fixturenames:
         blank = cv2.imencode(".png", np.zeros((1, 1), np.uint8))[1].tobytes()
-        for figure in ("comparison", "uncertainty", "psf_shown", "curves"):
-            monkeypatch.setattr(f"results.{figure}", lambda *_: blank)
+        for figure in ("comparison", "uncertainty", "curves"):
+            monkeypatch.setattr(f"drawing.{figure}", lambda *_: blank)

@@ -4,13 +4,14 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from kill import kill_and_compare
-from scripts import files, run, without_seconds, write
+from scripts import QUICK, ROOT, files, run, without_seconds, write
 
 import network
 import results
@@ -42,7 +43,7 @@ def test_a_run_resumed_after_crashes_is_the_uninterrupted_one(
     write("in/a.png")
     write("in/b.png", channels=3)
     flags = f"--path {folder}/in --iteration 7 --test_frequency 2 --recipe {recipe}"
-    results = []
+    made = []
     for name, crashes in (("whole", []), ("cut", [1, 4, 5, 6, 2])):
         Path(name).mkdir()
         monkeypatch.chdir(folder / name)
@@ -51,15 +52,30 @@ def test_a_run_resumed_after_crashes_is_the_uninterrupted_one(
             assert run("denoise", flags + " --resume") == 99
         crash(10**9)
         assert run("denoise", flags + " --resume") == 0
-        results.append(without_seconds(files()))
+        made.append(without_seconds(files()))
         monkeypatch.chdir(folder)
-    assert results[0] == results[1]
+    assert made[0] == made[1]
 
 
-def test_a_killed_run_resumes_to_the_same_bytes():
-    kills, differences = kill_and_compare(1, 16, longest=5)
-    assert kills
-    assert not differences
+def test_a_killed_run_resumes_to_the_same_bytes(folder, monkeypatch):
+    write("in/a.png", channels=3)
+    flags = f"--path {folder}/in/a.png --iteration 60 --test_frequency 5"
+    command = [sys.executable, ROOT / "denoise.py", *f"{QUICK} {flags}".split()]
+    for name in ("whole", "killed"):
+        Path(name).mkdir()
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd="killed", **quiet) as process:
+        while not list(Path("killed").rglob("checkpoint.pt")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    made = []
+    for name, resume in (("whole", ""), ("killed", "--resume")):
+        monkeypatch.chdir(folder / name)
+        assert run("denoise", f"{flags} {resume}") == 0
+        made.append(without_seconds(files()))
+    assert made[0] == made[1]
 
 
 def test_finished_images_are_skipped_and_more_steps_extend_them(
@@ -67,8 +83,8 @@ def test_finished_images_are_skipped_and_more_steps_extend_them(
 ):
     write("in/a.png")
     assert run("denoise", "--path in/a.png --recipe paper --iteration 6") == 0
-    (results,) = Path("images/in/a.png/denoise").iterdir()
-    longer = without_seconds(files(results))
+    (made,) = Path("images/in/a.png/denoise").iterdir()
+    longer = without_seconds(files(made))
     assert run("denoise", "--path in/a.png --recipe paper --iteration 4") == 0
     capsys.readouterr()
     crash(1)  # no step is made
@@ -77,12 +93,10 @@ def test_finished_images_are_skipped_and_more_steps_extend_them(
     crash(3)  # two steps are enough
     with monkeypatch.context() as patch:
         patch.setattr(results.Result, "finish", lambda *_: sys.exit(99))
-        assert (
-            run("denoise", "--path in/a.png --recipe paper --iteration 6 --resume")
-            == 99
-        )
+        flags = "--path in/a.png --recipe paper --iteration 6 --resume"
+        assert run("denoise", flags) == 99
     assert run("denoise", "--path in/a.png --recipe paper --iteration 6 --resume") == 0
-    assert without_seconds(files(results)) == longer
+    assert without_seconds(files(made)) == longer
 
 
 @pytest.mark.parametrize("kind", ["damaged", "version"])
@@ -92,9 +106,9 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_and_not_touched(kind, capsy
     (path,) = Path("images").rglob("checkpoint.pt")
     if kind == "damaged":
         path.write_bytes(path.read_bytes()[:1000])
-    else:  # of the first version, which had no number and a rate of its own
+    else:
         saved = torch.load(path)
-        del saved["format"]
+        del saved["learner"]
         torch.save(saved, path)
     before = files()
     capsys.readouterr()
@@ -170,6 +184,21 @@ def test_what_a_signal_interrupts_goes_on_from_there(
     }
     (record,) = Path("images").rglob("record.json")
     assert json.loads(record.read_text())["losses"] == losses
+
+
+def test_a_run_that_is_past_a_smaller_last_step_is_tested_where_it_is(
+    monkeypatch,
+):
+    write("in/a.png")
+    flags = "--path in/a.png --recipe paper --test_frequency 4"
+    with monkeypatch.context() as patch:
+        signalled(patch, "train_step", 3)
+        assert run("denoise", flags) == 130
+    assert run("denoise", f"{flags} --iteration 2 --resume") == 0
+    (path,) = Path("images").rglob("record.json")
+    record = json.loads(path.read_text())
+    assert [row[0] for row in record["rows"]] == [3] and record["iteration"] == 3
+    assert path.with_name("restored.png").exists()
 
 
 def test_a_wish_to_end_is_a_signal_too_and_the_handlers_are_put_back(
@@ -250,18 +279,22 @@ def test_every_source_of_the_program_tells_it_from_others(tmp_path):
     assert utils.sources_digest(tmp_path) not in seen
 
 
-def test_checkpoints_come_by_the_clock_too(monkeypatch):
+def test_checkpoints_and_lines_of_progress_come_by_the_clock(monkeypatch, capsys):
     write("in/a.png")
     saved, save = [], results.Result._save_checkpoint
 
-    def watched(result, learner):
-        save(result, learner)
-        saved.append(learner.step)
+    def watched(result):
+        save(result)
+        saved.append(result.learner.step)
 
     monkeypatch.setattr(results.Result, "_save_checkpoint", watched)
     flags = "--path in/a.png --test_frequency 4 --recipe paper"
     assert run("denoise", flags) == 0
-    monkeypatch.setattr(utils, "SAVE_EVERY", 0)
-    monkeypatch.setattr(utils, "SAVING", 0)
+    monkeypatch.setattr(results, "EVERY", 0)
+    monkeypatch.setattr(results, "SAVING", 0)
     assert run("denoise", flags) == 0
     assert saved == [4, 1, 2, 3, 4, 4]  # before the test, too, which takes long
+    told = [line for line in capsys.readouterr().err.splitlines() if "% done" in line]
+    assert (
+        len(told) == 7 and told[-1] == "in/a.png: 100% done"
+    )  # 4 steps, 2 + 1 of a test

@@ -121,7 +121,7 @@ def test_one_learner_after_the_other_needs_no_more_memory():
 @needs_cuda
 def test_replays_draw_new_masks():
     learner = begun(random_image(1, 64, 64), lr=0.0, device="cuda")
-    losses = [train(learner, 1).mean_loss() for _ in range(4)]
+    losses = [train(learner, 1).loss.item() for _ in range(4)]
     assert len(set(losses)) == 4
 
 
