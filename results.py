@@ -21,28 +21,28 @@ from tqdm import tqdm
 from pictures import (
     MOST_ROUNDING,
     SMALLEST_SIDE,
-    SUFFIXES,
     Moved,
     black_and_white,
     describe,
-    find_images,
     join_planes,
     read_mask,
     read_picture,
-    result_names,
     score,
     score_moved,
-    stack_of,
 )
 from utils import (
+    SUFFIXES,
     InputError,
     atomic_file,
     csv_text,
     digest,
+    find_images,
     named_settings,
     reason,
     report,
+    result_names,
     save_mat,
+    stack_of,
     write_atomically,
 )
 

@@ -92,7 +92,7 @@ def test_a_single_ifd_holds_all_planes_of_an_imagej_stack():
         end = first.offset + 2 + 12 * len(first.tags)
     data[end : end + 4] = bytes(4)  # no next IFD, as of files over 4 GB
     Path("a.tif").write_bytes(data)
-    assert len(pictures.planes(Path("a.tif"))) == 4
+    assert len(utils.planes(Path("a.tif"))) == 4
     for number in range(4):
         image = pictures.read_picture(f"a.tif/{number + 1}").image[0]
         np.testing.assert_allclose(image * 65535, given[number], rtol=1e-6)

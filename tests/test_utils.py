@@ -191,7 +191,7 @@ def test_psf_files(tmp_path, suffix, dtype):
         np.save(path, psf)
     else:
         cv2.imwrite(str(path), psf)
-    np.testing.assert_allclose(deblur.read_psf(path), psf / psf.sum(), rtol=1e-9)
+    np.testing.assert_allclose(pictures.read_psf(path), psf / psf.sum(), rtol=1e-9)
 
 
 def test_gaussian_psf():
