@@ -7,13 +7,12 @@ import math
 import re
 import warnings
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import imagecodecs
 import numpy as np
-import scipy.io
 import scipy.ndimage
 import tifffile
 from PIL import Image, PngImagePlugin
@@ -24,7 +23,8 @@ import utils
 from utils import JPEG, TIFF, InputError, atomic_file, stack_of
 
 # Silence the libraries' warnings about damaged files; we print one line instead.
-logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
+for library in ("tifffile", "imagecodecs"):
+    logging.getLogger(library).setLevel(logging.CRITICAL + 1)
 warnings.filterwarnings("ignore", module="PIL")
 Image.MAX_IMAGE_PIXELS = None  # refuse_size checks it
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # bytes; a scanner's colour profile has millions
@@ -63,6 +63,11 @@ class Picture(NamedTuple):
     suffix: str
     metadata: dict  # arguments of tifffile.imwrite, or those of encode
 
+    @property
+    def inverted(self):
+        """Tell whether white is zero in the file."""
+        return self.metadata.get("photometric") == WHITE_IS_ZERO
+
     def save(self, path, image):
         """Write an image (C, H, W), in this one's units, with its depth and metadata.
 
@@ -79,8 +84,7 @@ class Picture(NamedTuple):
                 tifffile.imwrite(file, np.dstack(samples).squeeze(), **self.metadata)
             return
         image = (image - black) / (white - black)
-        if self.metadata.get("photometric") == WHITE_IS_ZERO:
-            image = 1 - image
+        image = 1 - image if self.inverted else image
         if self.alpha is not None:
             alpha = np.divide(self.alpha, self.peak, dtype=np.float64).clip(0, 1)
             if self.metadata.get("extrasamples") == [PREMULTIPLIED]:
@@ -108,10 +112,7 @@ class Picture(NamedTuple):
 
 
 def black_and_white(image):
-    """Return the values of black and white: 0 and 1, or the extremes where any is beyond.
-
-    Entries that are not finite do not count.
-    """
+    """Return the values of black and white: 0 and 1, or the finite extremes beyond."""
     image = image[np.isfinite(image)]
     low, high = (float(image.min()), float(image.max())) if image.size else (0.0, 1.0)
     if low >= 0 and high <= 1:
@@ -139,21 +140,18 @@ def peak_of(dtype, metadata):
 
 
 def read_picture(path, crop=0):
-    """Read an image file.
+    """Read an image file as a Picture.
 
     Args:
         path: a PNG, JPEG or TIFF file, or a plane of a stack such as cells.tif/007: gray or
             colour, integers of up to 32 bits or floats.
         crop: side of the centre crop, pixels; 0: the whole image.
 
-    Returns:
-        A Picture.
-
     Raises:
         InputError, OSError: the file cannot be read or restored; the message says why.
     """
     path, jpeg = Path(path), Path(path).suffix.lower() in JPEG
-    with naming(path, "not a PNG, JPEG or TIFF image"):
+    with utils.naming(path, "not a PNG, JPEG or TIFF image"):
         pixels, colours, metadata = read_pixels(path, crop)
         (height, width), dtype = pixels.shape[:2], pixels.dtype
         if crop:
@@ -176,20 +174,6 @@ def read_picture(path, crop=0):
     )
 
 
-@contextmanager
-def naming(path, wanted):
-    """Turn errors while a file is read into InputErrors that name it."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged file fails in many ways
-        if getattr(error, "filename", None):  # the system's, whose message is clear
-            raise
-        fault = f"{path} is damaged, or {wanted}: {utils.first_line(error)}"
-        raise InputError(fault) from None
-
-
 def refuse_kind(pixels, jpeg):
     """Raise InputError for pixels (H, W, samples) that cannot be restored."""
     (height, width, samples), dtype = pixels.shape, pixels.dtype
@@ -198,9 +182,7 @@ def refuse_kind(pixels, jpeg):
     if jpeg and (dtype != np.uint8 or samples in (2, 4)):
         raise InputError("no JPEG, whatever its name says; rename it")
     if min(height, width) < SMALLEST_SIDE:
-        raise InputError(
-            f"{width}x{height} pixels; a side needs {SMALLEST_SIDE} or more"
-        )
+        raise InputError(f"{width}x{height} pixels; a side needs {SMALLEST_SIDE}")
 
 
 def refuse_size(path, height, width, crop):
@@ -234,12 +216,8 @@ def find_absent(numbers, alpha, metadata):
 def read_mask(path, crop=0):
     """Read a mask: a pixel that looks black, or is transparent, is missing.
 
-    Args:
-        path, crop: see read_picture.
-
     Returns:
-        The mask's Picture, and `known`: 1 where a pixel is known, else 0, (C, H, W) or
-        (1, H, W), float32.
+        The mask's Picture, and 1 where a pixel is known, else 0, (C or 1, H, W), float32.
 
     Raises:
         InputError, OSError: no pixel is missing, or the file is no mask.
@@ -247,8 +225,7 @@ def read_mask(path, crop=0):
     mask = read_picture(path, crop)
     if mask.suffix in JPEG:
         raise InputError(f"{path}: a JPEG's zeros are not exact; save it as PNG")
-    black = mask.metadata.get("photometric") == WHITE_IS_ZERO
-    known = mask.image != black
+    known = mask.image != int(mask.inverted)
     known = known[:1] if (known == known[:1]).all() else known
     known = known if mask.alpha is None else known & (mask.alpha != 0)
     if known.all():
@@ -260,11 +237,10 @@ def read_mask(path, crop=0):
 
 
 def read_pixels(path, crop=0):
-    """Read the numbers of an image file, a Path; any error may be raised.
+    """Read an image file's pixels (H, W, samples), in its type; any error may be raised.
 
-    Returns:
-        (H, W, samples) in the file's type; the number of samples that are colours, 1 or 3
-        (red, green, blue); the metadata of a Picture. `crop` may allow a larger file.
+    Also return how many samples are colours, 1 or 3 (red, green, blue), and the metadata of
+    a Picture. A crop may be part of a larger file.
     """
     if not utils.is_utf8(path.absolute()):  # the results' folders are named after it
         raise InputError("a file name that is not UTF-8; rename it")
@@ -272,7 +248,7 @@ def read_pixels(path, crop=0):
     return (read_tiff if suffix in TIFF else read_plain)(path, crop)
 
 
-# --- PNG and JPEG --------------------------------------------------------------------
+# --- file formats --------------------------------------------------------------------
 
 
 def read_plain(path, crop):
@@ -294,8 +270,7 @@ def read_plain(path, crop):
     metadata["iccprofile"] = told.get("icc_profile")
     if is_png:
         data = path.read_bytes()
-        with utils.silent_stderr():  # libpng warns of odd profiles
-            pixels = imagecodecs.png_decode(data)
+        pixels = imagecodecs.png_decode(data)
         # Pillow skips this chunk of four bytes, the coding of HDR colours.
         found = re.search(rb"(?s)\x00\x04cICP(.{4})", data.partition(b"IDAT")[0])
         metadata |= {"cicp": found[1]} if found else {}
@@ -306,11 +281,7 @@ def read_plain(path, crop):
 
 
 def turn_upright(pixels, metadata):
-    """Turn pixels (H, W, samples) by their EXIF orientation, and set it to 1, upright.
-
-    Args:
-        metadata: has `exif`, and perhaps `xmp`, which may repeat the orientation.
-    """
+    """Turn pixels (H, W, samples) by their EXIF orientation, and set it to 1, also in XMP."""
     turned = 1
     with suppress(Exception):  # there is no EXIF, or it is damaged
         exif = io.BytesIO(metadata["exif"].removeprefix(EXIF))
@@ -327,12 +298,9 @@ def turn_upright(pixels, metadata):
 
 
 def encode(suffix, pixels, metadata):
-    """Return an image as the bytes of a PNG or JPEG file.
+    """Return pixels (H, W, samples) as the bytes of a PNG or JPEG, as the suffix says.
 
-    Args:
-        suffix: selects the format.
-        pixels: (H, W, samples).
-        metadata: `iccprofile`, `exif`, `xmp` and `cicp`, as bytes, where there are any.
+    `iccprofile`, `exif`, `xmp` and `cicp` of the metadata are bytes, or missing.
     """
     names = ("iccprofile", "exif", "xmp", "cicp")
     profile, exif, xmp, cicp = (metadata.get(name) or b"" for name in names)
@@ -362,9 +330,6 @@ def encode(suffix, pixels, metadata):
     return file.getvalue()
 
 
-# --- TIFF ----------------------------------------------------------------------------
-
-
 def read_tiff(path, crop):
     """Read a TIFF file, or one plane of a stack: see read_pixels."""
     stack = stack_of(path)
@@ -378,15 +343,11 @@ def read_tiff(path, crop):
         series, number = places[int(path.name) - 1 if stack else 0]
         page, metadata = series.keyframe, tiff_arguments(series)
         metadata |= {} if stack else tiff_metadata(tiff, series)
-        size = [page.shape[page.axes.index(axis)] for axis in "YX"]
-        refuse_size(file, *size, crop)
-        if (
-            series.dataoffset is not None
-        ):  # one array; only its first plane may have tags
+        refuse_size(file, page.imagelength, page.imagewidth, crop)
+        if series.dataoffset is not None:  # one array, perhaps with tags for one plane
             at = series.dataoffset + number * page.nbytes
             kind = page.dtype.newbyteorder(tiff.byteorder)
-            pixels = tiff.filehandle.read_array(kind, page.size, at)
-            pixels = pixels.reshape(page.shape)
+            pixels = tiff.filehandle.read_array(kind, page.size, at).reshape(page.shape)
         else:
             found = series.pages[number]
             ends = np.add(found.dataoffsets, found.databytecounts)
@@ -403,11 +364,7 @@ def read_tiff(path, crop):
 
 
 def tiff_arguments(series):
-    """Return the arguments of tifffile.imwrite for a plane like those of a series.
-
-    Raises:
-        InputError: its pixels are of a kind that cannot be restored.
-    """
+    """Return tifffile.imwrite's arguments for such a plane; InputError: it is of no use."""
     page = series.keyframe
     kind, extra, bits = page.photometric, page.extrasamples, page.bitspersample
     if kind == YCBCR and page.compression in (6, 7):  # a JPEG, which tifffile converts
@@ -437,7 +394,7 @@ def tiff_arguments(series):
 
 
 def tiff_metadata(tiff, series):
-    """Return the arguments of tifffile.imwrite for a file's program, axes and units."""
+    """Return tifffile.imwrite's arguments for such a program, such axes and units."""
     axes = series.axes.replace("SYX", "YXS")
     if tiff.is_imagej:
         computed = ("ImageJ", "images", "channels", "slices", "frames", "hyperstack")
@@ -458,13 +415,7 @@ def tiff_metadata(tiff, series):
 
 
 def join_planes(path, stack, restored):
-    """Write the restored planes of a stack as a stack of the same kind.
-
-    Args:
-        path: the file to write.
-        stack: the TIFF file that was restored.
-        restored: a file per plane, in their order.
-    """
+    """Write the planes of a stack, restored to a file each, as a stack of its kind."""
     files = iter(restored)
     with tifffile.TiffFile(stack) as tiff, atomic_file(path) as file:
         program = {"imagej": tiff.is_imagej, "ome": tiff.is_ome and not tiff.is_imagej}
@@ -478,9 +429,7 @@ def join_planes(path, stack, restored):
                 first = tifffile.imread(own[0])
                 outer = series.shape[: len(series.shape) - len(series.keyframe.shape)]
                 shape = (*outer, *first.shape)
-                pixels = map(
-                    tifffile.imread, own
-                )  # one after the other, to save memory
+                pixels = map(tifffile.imread, own)  # one by one, to save memory
                 made.write(pixels, shape=shape, dtype=first.dtype, **arguments)
 
 
@@ -490,14 +439,6 @@ MAX_PSF_SIDE = 4096  # pixels; as --kernel_size
 # A PSF image has a camera's offset where its border's extremes differ by a factor of at
 # most FLAT and the border's median is below LOW of the peak.
 FLAT, LOW = 1.3, 0.2
-
-
-def only_matrix(arrays):
-    """Return the array `kernel` of a .mat file, or the file's only matrix."""
-    found = {k: v for k, v in arrays.items() if k[:2] != "__" and np.ndim(v) == 2}
-    if "kernel" not in found and len(found) != 1:
-        raise InputError("neither `kernel` nor a single matrix")
-    return found.get("kernel", next(iter(found.values())))
 
 
 def picture_of_psf(path):
@@ -527,19 +468,16 @@ def read_psf(path):
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    with naming(path, "no PSF (a PSF is .mat, .npy or an image)"):
+    with utils.naming(path, "no PSF (a PSF is .mat, .npy or an image)"):
         if suffix == ".mat":
-            with open(path, "rb") as file:
-                psf = only_matrix(scipy.io.loadmat(file))
+            psf = utils.load_mat(path, "kernel")
         elif suffix == ".npy":
             psf = np.lib.format.open_memmap(path, mode="r")
         else:
             psf = picture_of_psf(path)
         real = psf.dtype.kind in "biuf" and psf.ndim == 2
         if not real or max(psf.shape) > MAX_PSF_SIDE:
-            raise InputError(
-                f"a PSF is a matrix of real numbers, of up to {MAX_PSF_SIDE} a side"
-            )
+            raise InputError(f"a PSF is a real matrix of up to {MAX_PSF_SIDE} a side")
         with np.errstate(all="ignore"):
             psf = np.asarray(psf, np.float64)
             psf = psf / max(psf.sum(), 0)
@@ -556,12 +494,12 @@ MAX_MATCHED = 1024  # side of the central part that finds the shift, pixels
 def score(image, clean, ends=None):
     """Return the PSNR in dB and the SSIM (Wang et al. 2004) of an image.
 
-    The peak is 1, or the clean image's range where it leaves [0, 1]. In the first case the
-    image is clipped to [0, 1]. Entries that are not finite in the clean image do not count.
+    The peak is 1, and the image is clipped to [0, 1]; if the clean image leaves [0, 1], the
+    peak is its range. Entries that are not finite in the clean image do not count.
 
     Args:
         image, clean: (C, H, W).
-        ends: black and white, to replace those of the clean image.
+        ends: black and white, in place of the clean image's.
     """
     low, high = ends or black_and_white(clean)
     wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -597,13 +535,7 @@ def score_moved(image, clean):
     An estimated PSF, or one whose mass lies beside its centre, moves the result, and its
     plain PSNR means little. The shift, to 1/20 of a pixel, maximises the cross-correlation
     (Guizar-Sicairos et al. 2008). We move the clean image, because interpolation would
-    average the other's noise, and leave out a border as wide as the shift.
-
-    Args:
-        image, clean: (C, H, W).
-
-    Returns:
-        Moved, or None.
+    average the other's noise, and leave out a border as wide as the shift. Images (C, H, W).
     """
     size = clean.shape[1:]
     middle = (slice(max(0, n - MAX_MATCHED) // 2, (n + MAX_MATCHED) // 2) for n in size)

@@ -52,10 +52,7 @@ def reason(error, path="", size=""):
 
 
 def is_out_of_memory(error):
-    """Tell whether an error, or one that caused it, says that memory ran out.
-
-    While PyTorch captures a CUDA graph, it raises another error on top.
-    """
+    """Tell whether an error, or one beneath it (as in CUDA graphs), is of memory."""
     words = ("out of memory", "t allocate", "ALLOC_FAILED")
     says = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     below = error.__cause__ or error.__context__
@@ -65,6 +62,20 @@ def is_out_of_memory(error):
 def first_line(error):
     """Return the first line of an error's message, or its class where there is none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextmanager
+def naming(path, wanted):
+    """Turn the errors of reading a file into InputErrors that name it and what is wanted."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Exception as error:  # a damaged file fails in many ways
+        if getattr(error, "filename", None):  # the system's, whose message is clear
+            raise
+        fault = f"{path} is damaged, or {wanted}: {first_line(error)}"
+        raise InputError(fault) from None
 
 
 # --- files ---------------------------------------------------------------------------
@@ -105,14 +116,21 @@ def write_atomically(path, data):
 
 
 def save_mat(path, key, array):
-    """Write a PSF (h, w) or an image (C, H, W) as a MATLAB file, without a time stamp.
-
-    The same array always gives the same bytes.
-    """
+    """Write a PSF (h, w) or an image (C, H, W) as a MATLAB file, without a time stamp."""
     array = array.transpose(1, 2, 0).squeeze() if array.ndim == 3 else array
     buffer = io.BytesIO()
     scipy.io.savemat(buffer, {key: array})
     write_atomically(path, b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:])
+
+
+def load_mat(path, key):
+    """Return the matrix of that key in a MATLAB file, or the file's only matrix."""
+    with open(path, "rb") as file:
+        arrays = scipy.io.loadmat(file)
+    found = {k: v for k, v in arrays.items() if k[:2] != "__" and np.ndim(v) == 2}
+    if key not in found and len(found) != 1:
+        raise InputError(f"neither `{key}` nor a single matrix")
+    return found.get(key, next(iter(found.values())))
 
 
 def csv_text(rows):
@@ -133,10 +151,7 @@ def digest(arrays):
 
 
 def sources_digest(root=Path(__file__).parent):
-    """Return the SHA-256 of the program's sources, in hex: an edited program has another.
-
-    The sources are the scripts, the modules beside them and network/.
-    """
+    """Return the SHA-256 of all sources, in hex: an edited program has another one."""
     total = hashlib.sha256()
     for path in sorted([*root.glob("*.py"), *root.glob("network/**/*.py")]):
         for part in (str(path.relative_to(root)).encode(), path.read_bytes()):
@@ -148,19 +163,6 @@ def contents_name(path):
     """Return a file's name for a results folder: its stem and a hash of its contents."""
     contents = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return f"{Path(path).stem[:60]}-{contents[:8]}"
-
-
-@contextmanager
-def silent_stderr():
-    """Drop what a C library writes to stderr."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def stack_of(path):
@@ -188,10 +190,7 @@ def planes(path):
 
 
 def result_names(path):
-    """Return the names of a picture's folder and of the picture, for the results.
-
-    A plane's folder is its stack's.
-    """
+    """Return the names of a picture's folder (a plane's is its stack's) and of itself."""
     stack = stack_of(path)
     if stack:
         return "/".join(result_names(stack)), path.name

@@ -27,7 +27,6 @@ import scipy.sparse
 import tifffile
 from PIL import Image
 
-import deblur
 import pictures
 import utils
 
@@ -327,7 +326,7 @@ def judge(path):
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             if path.parent.name == "psf":
-                array = deblur.read_psf(path)
+                array = pictures.read_psf(path)
                 fits = (
                     array.ndim == 2 and abs(array.sum() - 1) < 1e-6
                 )  # so it is finite
