@@ -222,14 +222,14 @@ def test_a_wrong_share_of_the_images_is_refused(monkeypatch, capsys):
 
 
 def test_a_network_that_dies_starts_over(capsys, monkeypatch):
-    flags = "--path camera --crop 32 --lr 0.1 --iteration 40 --test_frequency 20"
+    flags = "--path camera --crop 32 --lr 0.1 --iteration 16 --test_frequency 16"
     flags += " --recipe paper"
     monkeypatch.setattr(health, "ATTEMPTS", 1)
-    monkeypatch.setattr(health, "CHECK_EVERY", 40)
+    monkeypatch.setattr(health, "CHECK_EVERY", 16)
     assert run("denoise", flags) == 1
     out, err = capsys.readouterr()
-    assert "by step 40: started over at the mean, learning rate 0.05" in out
-    assert "by step 40; a lower --lr than 0.1 cures it" in err
+    assert "by step 16: started over at the mean, learning rate 0.05" in out
+    assert "by step 16; a lower --lr than 0.1 cures it" in err
     assert "started over" in Path("logs/denoise/log.txt").read_text()
 
 
