@@ -196,7 +196,7 @@ class Source:
             counts = {"not measured (they come back as they are)": gaps.sum()}
             counts["far off all their neighbours (they are predicted)"] = outliers.sum()
             why = ", ".join(f"{n} {why}" for why, n in counts.items() if n)
-            name = "/".join(pictures.result_names(self.path))
+            name = "/".join(utils.result_names(self.path))
             tqdm.write(f"{name}: {why}: unknown, of {gaps.size} entries")
         return self.known
 
@@ -264,7 +264,7 @@ def signals_handled(handler):
 COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr")
 COLUMNS += ("moved_psnr", "down", "right", "seconds")  # see pictures.score_moved
 RESULTS = ["error.mat", "Self2Self-[0-9]*.png", "comparison.png", "uncertainty.png"]
-RESULTS += [f"restored{suffix}" for suffix in pictures.SUFFIXES]
+RESULTS += [f"restored{suffix}" for suffix in utils.SUFFIXES]
 OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "kernel.png"]
 OWN_FILES += ["checkpoint.pt", *RESULTS]
 SAVING = 20  # after a checkpoint that took t seconds, 20 t seconds pass without one
@@ -293,7 +293,7 @@ class Result:
     def __init__(self, path, folder, args, settings, write_logs):
         self.path, self.args, self.settings = path, args, settings
         self.folder, self.write_logs = folder, write_logs
-        self.name = "/".join(pictures.result_names(path))
+        self.name = "/".join(utils.result_names(path))
         self.progress = Progress(self.name)
         # A training whose schedule has come to its end cannot be made longer.
         self.extends = args.schedule == "constant"
@@ -610,14 +610,14 @@ class Run:
             self.settings, self.named = utils.named_settings(args, defaults, psf)
             self.log = Path(args.log_path)
             self.totals = self.log.parent / f"{self.log.stem}-summary.csv"
-            self.files = pictures.find_images(args.path)
+            self.files = utils.find_images(args.path)
             texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
             rank, self.world = (int(x) if x.isdecimal() else -1 for x in texts)
             if not 0 <= rank < self.world:
                 raise InputError(f"RANK and WORLD_SIZE: {texts}; 0, 1 is one process")
             self.paths = self.files[rank :: self.world]  # this process's
             for file in self.files:
-                if stack := pictures.stack_of(file):
+                if stack := utils.stack_of(file):
                     self.stacks.setdefault(stack, []).append(file)
             self._check()
         except (InputError, OSError) as error:
@@ -634,7 +634,7 @@ class Run:
             raise InputError(f"--log_path {log}: a text file, such as log.txt")
         if len(self.files) > 1 and args.reference:
             raise InputError("--reference goes with one image, not with several")
-        inputs = [pictures.stack_of(file) or file for file in self.files]
+        inputs = [utils.stack_of(file) or file for file in self.files]
         inputs += [args.reference, args.mask, getattr(args, "kernel", None)]
         inputs = {Path(file).resolve() for file in inputs if file}
         logs = [log, log.with_suffix(".csv"), log.with_suffix(".png"), self.totals]
@@ -652,7 +652,7 @@ class Run:
                 raise InputError(f"{there}: make it a folder that can be written to")
 
     def _folder(self, path):
-        names = pictures.result_names(path)
+        names = utils.result_names(path)
         return Path("images", *names, self.args.model_type, self.named)
 
     @contextmanager

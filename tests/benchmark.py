@@ -297,7 +297,7 @@ def bm3d_denoised(size):
     except ImportError:
         return None
     sigma = denoise.DEFAULTS["sigma"]
-    clean = pictures.read_picture(pictures.find_images("camera")[0], size).image
+    clean = pictures.read_picture(utils.find_images("camera")[0], size).image
     y = clean + utils.gaussian_noise(clean.shape, sigma, denoise.DEFAULTS["seed"])
     started = time.perf_counter()
     made = bm3d(y[0], sigma / 255)[None]
@@ -351,7 +351,7 @@ def main():
         *settings, channels, size = args.work
         work(*settings, int(channels), int(size))
         return
-    device = utils.choose_device(args.device)
+    device = utils.open_device(args.device)
     cuda = device.type == "cuda"
     name = (
         torch.cuda.get_device_name()

