@@ -168,12 +168,14 @@ def adapt(
     as_published = eight_bits and not recipe.own_scale
     lines = noise.lines if evened else ()
     scale = UNIT if as_published else find_scale(y, known, blurred, lines)
-    sigma = 0.0 if nothing else noise.sigma()
+    # A blur leaves little of the network's error in a JPEG: the residual is the noise.
+    from_residual = blurred and noise.jpeg
+    sigma = 0.0 if nothing else None if from_residual else noise.sigma()
     sigma = None if sigma is None else scale.sigma(sigma)
     if holes and noise.is_white() and sigma < MIN_SIGMA:
         nothing, sigma = True, 0.0  # known entries help more as they are
-    fuse = noise.is_white() and (evened or noise.is_even()) and sigma > 0
-    fuse = fuse or (blurred and noise.kind == "compressed")
+    even = evened or noise.is_even()
+    fuse = from_residual or (noise.is_white() and even and sigma > 0)
     fuse = recipe.fuse and (fuse or (holes and nothing))
     level = sigma if noise.is_white() and not blurred else UNKNOWN_SIGMA
     values = dataclasses.asdict(recipe) | {"scale": scale, "noise": sigma, "fuse": fuse}
