@@ -29,7 +29,7 @@ MIN_ZEROS, CHANCE = 0.04, 2.0
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # weights of red, green, blue in a JPEG
 STEPS = np.arange(3, 256)  # smaller steps are lost in the rounding of pixels
 MIN_NONZERO = 1.5  # a smaller coefficient is a rounded zero
-MIN_COUNT = 4  # nonzero coefficients, to find a step
+MIN_COUNT, MAX_COUNT = 4, 1000  # nonzero coefficients, to find a step; about so many
 MIN_FULL = 0.05  # share of nonzero coefficients without a step: it is a small one
 MAX_OFF = 0.125  # median distance from multiples of a step, over it; 0.25 is chance
 SIGMAS = np.geomspace(0.5, 100, 200)  # that are tried, 0-255 scale
@@ -170,12 +170,14 @@ def _find_steps(spectra):
         size = size[size > MIN_NONZERO]
         if size.size < MIN_COUNT:
             continue
+        is_full = size.size > MIN_FULL * len(spectra)
+        size = size[:: math.ceil(size.size / MAX_COUNT)]
         steps = STEPS[STEPS <= np.median(size) + 1]
         off = np.abs(size - steps[:, None] * np.rint(size / steps[:, None]))
         off = np.median(off, 1) / steps
         if off.size and off.min() < MAX_OFF:
             found[f] = steps[off.argmin()]
-        elif size.size > MIN_FULL * len(spectra):
+        elif is_full:
             found[f] = 1
     return found
 

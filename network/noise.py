@@ -73,8 +73,8 @@ class Noise(NamedTuple):
     def is_white(self):
         """Tell whether a filter for white noise can be told its sigma.
 
-        Noise that cannot be told from texture counts: its sigma is a lower estimate, so a
-        filter removes little and loses nothing.
+        Noise that cannot be told from texture counts: its sigma is taken from where there
+        is the least texture, so a filter removes little of the picture.
         """
         return bool(self.lines)
 
