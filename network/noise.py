@@ -6,7 +6,6 @@ is independent across frequencies, so choosing the flattest blocks does not bias
 measured in them.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -14,16 +13,21 @@ import numpy as np
 import scipy.fft
 import scipy.ndimage
 
-from network.scale import extremes
+from network.jpeg import (
+    DCT_SIDE,
+    HIGH,
+    LOW,
+    MAX_FILLED,
+    MIDDLE,
+    ORDER,
+    blocks_of,
+    find_grid,
+    measure_jpeg,
+)
 
-DCT_SIDE = 8  # pixels, side of a block
 MAX_BLOCKS, MIN_BLOCKS = 2**16, 60  # about so many are used; fewer are too few
-ORDER = np.add.outer(np.arange(DCT_SIDE), np.arange(DCT_SIDE)).ravel()  # u + v
-LOW, MIDDLE = (ORDER >= 1) & (ORDER <= 3), (ORDER >= 4) & (ORDER <= 6)
-HIGH, HIGHEST = ORDER >= 7, ORDER >= 9
-# Blocks with filled entries are used only where fewer than MIN_WHOLE blocks have none, and
-# then up to this share of a block.
-MIN_WHOLE, MAX_FILLED = 1000, 0.125
+HIGHEST = ORDER >= 9
+MIN_WHOLE = 1000  # blocks without filled entries; if fewer, others are used too
 MAX_CLIPPED = 0.05  # share of a block's entries
 LEVEL_BINS = 10  # intensities, with equally many blocks each
 FLAT_SHARES = 0.02, 0.04, 0.08, 0.16, 0.32  # the flattest of a bin's blocks
@@ -44,17 +48,18 @@ MIN_SIGMA = 1  # where 255 is the picture's range: less is no noise worth removi
 MAX_CORRELATION = 0.3  # of the noise in two channels that counts as independent
 MIN_GROWTH = 1.2  # sigma where it is bright over sigma where it is dark
 MAX_STRENGTH = 1.4  # variance of one channel over another's that counts as equal
-# A JPEG has more small coefficients on its own 8x8 grid than on any other. The share must
-# be larger by MIN_ZEROS, and in small pictures by CHANCE over the root of their number.
-MIN_ZEROS, CHANCE = 0.04, 2.0
-GRID_PART = 512  # pixels, side of the part in which the grid is sought
+# Under a JPEG. Texture looks more like noise, since only aligned blocks can be used.
+MAX_JPEG_RATIO, MAX_JPEG_GROWTH = 1.3, 1.3
+MIN_JPEG_SIGMA = 3  # white noise, where 255 is the picture's range; less may be grain
+MIN_SHARPNESS = 3.0  # of a picture that a network alone would blur, 0-255 scale
 
 
 class Noise(NamedTuple):
     """The noise of a picture."""
 
     # white: the same at every intensity; growing: white, stronger where it is bright;
-    # correlated: shared by neighbours or channels; compressed: a JPEG's; none; unknown.
+    # correlated: shared by neighbours or channels; compressed: a JPEG's, of which nothing
+    # else can be told; none; unknown.
     kind: str
     # (gain, offset) of every channel, in the picture's units: the variance at an intensity
     # is gain * intensity + offset. Empty where it is not known.
@@ -62,12 +67,14 @@ class Noise(NamedTuple):
     # A tenth of the picture is darker than the first intensity, a tenth brighter than the
     # second.
     ends: tuple = (0.0, 1.0)
+    # Whether the picture was a JPEG. Sigma is that before compression.
+    jpeg: bool = False
 
     def is_white(self):
         """Tell whether a filter for white noise can be told its sigma.
 
-        Noise that cannot be told from texture counts: its sigma is a lower estimate, so a
-        filter removes little and loses nothing.
+        Noise that cannot be told from texture counts: its sigma is taken from where there
+        is the least texture, so a filter removes little of the picture.
         """
         return bool(self.lines)
 
@@ -100,10 +107,11 @@ class Noise(NamedTuple):
         if self.kind == "growing":
             return f"white, grows with the signal: {', '.join(map(sigma, self.ends))}"
         bound = f", {sigma()} at most" if self.lines else ""
+        under = " under a JPEG" if self.jpeg else ""
         return {
-            "white": f"white{bound.removesuffix(' at most')}",
+            "white": f"white{under}{bound.removesuffix(' at most')}",
             "correlated": "shared by neighbours, as a camera's",
-            "compressed": "a JPEG's, changed by its compression",
+            "compressed": f"a JPEG's, changed by its compression{bound}",
             "none": f"none to speak of{bound}",
             "unknown": f"of unknown kind{bound}",
         }[self.kind]
@@ -118,7 +126,6 @@ class Evidence(NamedTuple):
     ratio: float  # energy of the middle frequencies over that of the highest
     highest: float  # energy of the highest frequencies over that of the lines
     correlation: float  # largest, of the noise in two channels
-    on_grid: bool  # whether the picture was a JPEG
 
 
 CAMERA = Noise("correlated")
@@ -158,7 +165,10 @@ def find_noise(y, known):
     blocks = _usable_blocks(y, known)
     if blocks.shape[1] < MIN_BLOCKS:
         return Noise("unknown")
-    return _name(_measure(blocks)._replace(on_grid=_is_on_grid(y, known)))
+    grid = find_grid(y, known)
+    if grid is None:
+        return _name(_measure(blocks))
+    return _name_compressed(measure_jpeg(y, known, grid), np.ptp(y[known]), len(y))
 
 
 def _measure(blocks):
@@ -188,15 +198,12 @@ def _measure(blocks):
         ratio=middle / highest if highest else math.inf if middle else math.nan,
         highest=highest,
         correlation=np.abs(np.triu(np.atleast_2d(shared), 1)).max(),
-        on_grid=False,
     )
 
 
 def _name(evidence):
     """Return the Noise that Evidence speaks for."""
     lines, ends = evidence.lines, evidence.ends
-    if evidence.on_grid:
-        return Noise("compressed")
     if evidence.ratio > MIN_CORRELATED_RATIO and not evidence.is_small:
         return CAMERA
     is_white = not (
@@ -213,6 +220,30 @@ def _name(evidence):
     even = tuple((0.0, mean) for mean in means)
     kind = "none" if evidence.is_small else "white" if is_white else "unknown"
     return Noise(kind, even, ends)
+
+
+def _name_compressed(found, span, channels):
+    """Return the Noise of a JPEG.
+
+    Args:
+        found: what was measured, a jpeg.Compressed or None.
+        span: the range of the picture, in its units.
+        channels: their number.
+    """
+    if not found:
+        return Noise("compressed", jpeg=True)
+
+    def even(kind, sigma):
+        return Noise(kind, ((0.0, (sigma / 255) ** 2),) * channels, jpeg=True)
+
+    grows = found.growth > MAX_JPEG_GROWTH
+    strong = found.is_told and found.sigma >= MIN_JPEG_SIGMA * span
+    if strong and found.ratio < MAX_JPEG_RATIO and not grows:
+        return even("white", found.sigma)
+    if found.ratio > MIN_CORRELATED_RATIO or found.sharpness < MIN_SHARPNESS:
+        return Noise("compressed", jpeg=True)
+    # Fine detail is at stake, so only what is certainly noise is removed.
+    return even("compressed", max(found.least, MIN_SIGMA * span))
 
 
 def fill_unknown(y, known):
@@ -246,12 +277,6 @@ def bound_slope(line, lowest, bright):
     return line if gain <= steepest else (steepest, most - steepest * bright)
 
 
-def _blocks(x, step):
-    """Return every step-th block of x (C, H, W): (C, rows, columns, 8, 8)."""
-    window = np.lib.stride_tricks.sliding_window_view(x, (DCT_SIDE, DCT_SIDE), (1, 2))
-    return window[:, ::step, ::step]
-
-
 def _usable_blocks(y, known):
     """Return the blocks (C, n, 8, 8) that vary, are known and are not clipped."""
     clipped = np.zeros(y.shape, bool)
@@ -259,7 +284,7 @@ def _usable_blocks(y, known):
         for end in (channel.min(), channel.max()):
             at |= channel == end
     step = max(2, math.ceil(math.sqrt(y[0].size / MAX_BLOCKS)))
-    blocks, known, clipped = (_blocks(x, step) for x in (y, known, clipped))
+    blocks, known, clipped = (blocks_of(x, step) for x in (y, known, clipped))
     filled = (~known).mean((0, 3, 4))
     most = 0 if (filled == 0).sum() >= MIN_WHOLE else MAX_FILLED
     usable = (filled <= most) & (np.ptp(blocks, (3, 4)) > 0).all(0)
@@ -358,34 +383,3 @@ def _energy(squares):
     """Return the mean of white noise's squared coefficients, robust to the largest."""
     n = int(TRIMMED * squares.size)
     return np.partition(squares, n, None)[:n].mean() / TRIMMED_MEAN
-
-
-def _is_on_grid(y, known):
-    """Tell whether a picture was a JPEG: its 8x8 blocks have many zero coefficients.
-
-    Black and white areas, such as bars at a scan's edge, have zeros too and are left out.
-    """
-    top, left = (max(0, (n - GRID_PART) // 2) for n in y.shape[1:])
-    part = np.s_[:, top : top + GRID_PART, left : left + GRID_PART]
-    y, known = y[part], known[part]
-    gray = y.mean(0, np.float32, keepdims=True)
-    ends = extremes(gray.ravel())  # hot pixels lie beyond
-    gray = gray.clip(*ends)
-    full = scipy.ndimage.binary_opening(np.isin(gray, ends), np.ones((1, 3, 3)))
-    holes = ~known.all(0, keepdims=True)
-    blocks, full, holes = (_blocks(x, 1)[0] for x in (gray, full, holes))
-    usable = holes.mean((2, 3)) <= MAX_FILLED
-    if usable.sum() < (holes.mean((2, 3)) < 1).sum() / 2:  # too few to tell
-        return False
-    usable &= ~full.any((2, 3)) & (np.ptp(blocks, (2, 3)) > 0)
-    spectra = scipy.fft.dctn(blocks, axes=(2, 3), norm="ortho")
-    spectra = spectra.reshape(*spectra.shape[:2], DCT_SIDE**2)
-    high, shares = spectra[..., ORDER >= 5], []
-    for i, j in itertools.product(range(DCT_SIDE), repeat=2):
-        on_grid = np.s_[i::DCT_SIDE, j::DCT_SIDE]
-        part = np.abs(high[on_grid][usable[on_grid]])
-        if not part.size:
-            return False
-        shares.append((part < 0.1 * math.sqrt((part**2).mean())).mean())
-    least = max(MIN_ZEROS, CHANCE / math.sqrt(part.size))
-    return max(shares) > np.median(shares) + least

@@ -187,7 +187,9 @@ def _units(recipe, y, known, noise, eight_bits, blurred):
     lines = noise.lines if evened else ()
     as_published = eight_bits and not recipe.own_scale
     scale = UNIT if as_published else find_scale(y, known, blurred, lines)
-    sigma = 0.0 if nothing else noise.sigma()
+    # A blur leaves little of the network's error in a JPEG: the residual is the noise.
+    from_residual = blurred and noise.jpeg
+    sigma = 0.0 if nothing else None if from_residual else noise.sigma()
     sigma = None if sigma is None else scale.sigma(sigma)
     absolute = eight_bits and recipe.own_scale and not lines
     return {"scale": scale, "noise": sigma, "absolute": absolute}
@@ -215,7 +217,7 @@ def _what_is_fused(recipe, noise, values, holes, blurred, given):
     scale, sigma = values["scale"], values["noise"]
     filled = holes and sigma == 0
     even = noise.is_white() and (bool(scale.lines) or noise.is_even())
-    jpeg = blurred and noise.kind == "compressed"
+    jpeg = blurred and noise.jpeg  # its noise is the residual's
     known = recipe.fuse != "none" and (filled or jpeg or (even and sigma > 0))
     variance = values.get("drop_rate", recipe.drop_rate) > 0
     variance &= given.get("num_prediction", 2) > 1

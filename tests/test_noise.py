@@ -1,14 +1,17 @@
 """What noise a picture has is told from the picture; growing noise is made even."""
 
-import cv2
+import io
+
 import numpy as np
 import pytest
 import skimage.data
+from PIL import Image
 from scipy import ndimage, stats
 from tensors import identity, train
 from test_options import chosen
 
 from network import Self2Self, recipes
+from network.jpeg import LUMINANCE, _find_steps, _fit_sigma, _spectra, find_grid
 from network.noise import MIN_DARKEST, bound_slope, find_noise, white
 from network.scale import Scale, destabilise, find_scale, stabilise
 
@@ -74,21 +77,80 @@ def test_noise_that_neighbours_share_is_told_from_white(blur, channels):
     assert found.sigma() is None
 
 
-@pytest.mark.parametrize(("quality", "channels"), [(60, 3), (75, 1), (90, 1), (90, 3)])
-def test_a_jpeg_is_told_by_its_grid(quality, channels):
-    pixels = photograph(channels) + noise((channels, 256, 256), 10)
-    pixels = np.rint(255 * pixels.clip(0, 1)).astype(np.uint8).transpose(1, 2, 0)
-    data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    decoded = np.atleast_3d(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
-    y = decoded[3:, 5:].transpose(2, 0, 1) / 255
+def jpeg(y, quality):
+    """Compress a picture (C, H, W); its grid begins at row 5, column 3. And its steps."""
+    pixels = np.rint(255 * y.clip(0, 1)).astype(np.uint8).transpose(1, 2, 0).squeeze()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    decoded = Image.open(file)
+    made = np.atleast_3d(np.asarray(decoded))[3:, 5:].transpose(2, 0, 1) / 255
+    return made, np.array(decoded.quantization[0])
+
+
+@pytest.mark.parametrize(
+    ("sigma", "quality", "channels"),
+    [(5, 95, 1), (10, 75, 3), (15, 50, 3)],
+)
+def test_white_noise_under_a_jpeg_is_found_with_its_sigma(sigma, quality, channels):
+    clean = photograph(channels)
+    y, _ = jpeg(clean + noise(clean.shape, sigma), quality)
     found = find_noise(y, ALL)
-    assert found.kind == "compressed"
-    sharp, blurred = (
-        recipes.adapt("fast", y, noise=found, blurred=blurred)
-        for blurred in (False, True)
-    )
-    assert blurred.fuse == "noise" and blurred.noise is None and not blurred.photons
-    assert sharp.fuse == "none"
+    assert (found.kind, found.jpeg, len(found.lines)) == ("white", True, channels)
+    assert found.sigma() == pytest.approx(sigma, rel=0.12)
+    assert found.describe() == f"white under a JPEG, sigma {found.sigma():.3g}"
+
+
+def test_noise_under_a_jpeg_that_is_not_white_is_not_told():
+    clean, rng = photograph(3), np.random.default_rng(0)
+    for name, y in (
+        ("shared", clean + noise(clean.shape, 15, 0.8)),
+        ("growing", 0.03 * rng.poisson(clean / 0.03)),
+    ):
+        found = find_noise(jpeg(y, 90)[0], ALL)
+        assert (found.kind, found.jpeg) == ("compressed", True), name
+    other_units = 600 * jpeg(clean + noise(clean.shape, 10), 75)[0] + 3000
+    found = find_noise(other_units, ALL)
+    assert found.kind == "compressed" and not found.is_white()
+    assert found.describe() == "a JPEG's, changed by its compression"
+
+
+def test_a_clean_jpeg_is_hardly_changed():
+    sharp = skimage.data.astronaut()[:256, 128:384].transpose(2, 0, 1) / 255
+    found = find_noise(jpeg(sharp, 90)[0], ALL)
+    assert found.kind == "compressed" and 0 < found.sigma() < 2.5
+    assert found.describe().endswith(" at most")
+
+
+def test_the_steps_of_a_jpeg_are_those_of_its_file():
+    clean = photograph(3)
+    y, steps = jpeg(clean + noise(clean.shape, 15), 75)
+    assert find_grid(y, y >= 0) == (5, 3)
+    blocks = 255 * np.tensordot(LUMINANCE, y, 1)[5:253, 3:251]
+    blocks = blocks.reshape(31, 8, 31, 8).swapaxes(1, 2)
+    found = _find_steps(_spectra(blocks.reshape(-1, 8, 8)))
+    told = found > 0
+    assert told.sum() > 40
+    np.testing.assert_array_equal(found[told], steps[told])
+
+
+def test_a_rounded_gaussian_has_the_sigma_that_it_had():
+    """Even where few numbers are not rounded to 0."""
+    drawn = np.random.default_rng(0).normal(0, 6, (400, 64))
+    steps = np.full(64, 20.0)
+    rounded = 20 * np.rint(drawn / 20)
+    found = _fit_sigma(rounded, steps, np.ones(64, bool))
+    assert found == pytest.approx(6, rel=0.03)
+
+
+def test_a_jpeg_is_fused_with_the_sigma_found_but_under_a_blur_with_none():
+    clean = photograph()
+    y, _ = jpeg(clean + noise(clean.shape, 10), 90)
+    sharp, blurred = (recipes.adapt("fast", y, blurred=b) for b in (False, True))
+    assert sharp.fuse == "noise" and sharp.noise > 8 and sharp.photons is None
+    assert blurred.fuse == "noise" and blurred.noise is None and blurred.photons is None
+    camera = noise(clean.shape, 15, 1.2) + ndimage.gaussian_filter(clean, (0, 2, 2))
+    photons = recipes.adapt("fast", jpeg(camera, 90)[0])
+    assert photons.fuse == "none" and photons.photons == 100
 
 
 @pytest.mark.parametrize("side", [96, 256])
