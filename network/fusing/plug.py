@@ -7,6 +7,7 @@ from network.fusing.similar import filter_slabs
 ROUNDS, LEAST_ROUNDS = 12, 3
 ENTRIES = 2**24  # filtered in all rounds together, so that training takes longer
 FIRST = 2.0  # deviation that z is taken to have in the first round, over the ensemble's
+LEAST_LAST = 0.4  # and in the last round, at least; a strong blur leaves more
 MOMENTUM = 0.8  # share of its last move that z moves on by before a round
 NEW, MOST_GAIN = 0.9, 3.0  # see refine
 # The error is this times the filter's risk times the mean squared gradient to the power of a
@@ -47,7 +48,7 @@ def refine(start, error, observation, known, noise, transfer):
     rounds = min(ROUNDS, max(LEAST_ROUNDS, ENTRIES // start.numel()))
     left = (noise / (FIRST**2 * error[0] * power[0] + noise)).mean().item()
     gain = min(MOST_GAIN, max(1, 1 / (NEW * (1 - left) ** 0.5 + 1e-6)))
-    last = left**2
+    last = max(LEAST_LAST, left**2)
     for place in torch.linspace(0, 1, rounds).tolist():
         z, before = z + MOMENTUM * (z - before), z
         deviation = FIRST * (last / FIRST) ** place
