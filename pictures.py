@@ -160,8 +160,7 @@ def read_picture(path, crop=0):
         refuse_kind(pixels, jpeg)
     numbers = pixels[..., :colours].transpose(2, 0, 1)
     alpha = pixels[..., colours] if pixels.shape[2] > colours else None
-    first = np.broadcast_to(numbers[:1], numbers.shape)
-    if np.array_equal(numbers, first, equal_nan=True):
+    if all(np.array_equal(x, numbers[0], equal_nan=True) for x in numbers[1:]):
         numbers = numbers[:1]
     absent, peak = find_absent(numbers, alpha, metadata), peak_of(dtype, metadata)
     wide = dtype.itemsize > 2 and dtype != np.float32  # more digits than float32 has

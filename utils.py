@@ -52,7 +52,7 @@ def reason(error, path="", size=""):
 
 
 def is_out_of_memory(error):
-    """Tell whether an error, or one beneath it (as in CUDA graphs), is of memory."""
+    """Tell whether memory ran out: in this error, or in one that caused it."""
     words = ("out of memory", "t allocate", "ALLOC_FAILED")
     says = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     below = error.__cause__ or error.__context__
@@ -312,13 +312,16 @@ OPTIONS = {
     "crop": (NATURAL, "side of a centre crop, pixels; 0: the whole image"),
     "sigma": (NOT_NEGATIVE, "noise to add: standard deviation, 0-255 scale"),
     "observed": (bool, "the image is already noisy or blurred: simulate nothing"),
-    "noise_sigma": (NOT_NEGATIVE, "sigma of an --observed image's white noise, 0-255"),
+    "noise_sigma": (NOT_NEGATIVE, "--observed: its white noise's sigma, 0-255 scale"),
     "reference": (text, "clean image to score the result of an --observed one"),
     "mask": (text, "image file, 0 or transparent where a pixel is missing"),
     "missing": (RATE, "share of the pixels to hide at random, and to score"),
     "kernel_size": (SIDE, "side of the PSF, pixels (Gaussian 15, estimated 31)"),
     "kernel_sigma": (PSF_SIGMA, "standard deviation of the Gaussian PSF, pixels (1.0)"),
-    "kernel": (text, "the PSF's file (.mat, .npy, image; rings? turn it), or estimate"),
+    "kernel": (
+        text,
+        "file of the PSF (.mat, .npy, image; turn it if the result rings), or estimate",
+    ),
     "boundary": (("wrap", "valid"), "wrap: a circular blur; valid: a camera's"),
     "recipe": (None, "fast: 500 steps; paper: as published, 150,000"),
     "drop_rate": (RATE, "p of the Bernoulli mask and of the decoder's dropout"),

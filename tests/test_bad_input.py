@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import scipy.io
 import tifffile
 import torch
 from scripts import files, run, write
@@ -111,6 +112,7 @@ def bad_inputs():
         ("--kernel cube.npy", "matrix"),
         ("--kernel nan.npy", "finite"),
         ("--kernel object.npy", "object.npy is damaged, or no PSF"),
+        ("--kernel two.mat", "two.mat: neither `kernel` nor a single matrix"),
         ("--kernel text.mat", "text.mat is damaged, or no PSF"),
         ("--kernel cut.png", "cut.png is damaged"),
         ("--kernel text.txt", "a PSF is .mat, .npy or an image"),
@@ -162,6 +164,7 @@ def bad_files():
     np.save("negative.npy", -np.eye(3))
     np.save("cube.npy", np.ones((3, 3, 3)))
     np.save("nan.npy", np.full((3, 3), np.nan))
+    scipy.io.savemat("two.mat", {"a": np.eye(3), "b": np.eye(3)})
     np.save("object.npy", np.array([{}], dtype=object))
 
 

@@ -271,6 +271,7 @@ def test_a_notebooks_output_will_do(monkeypatch):
         ),
         ("--recipe paper --iteration 3 --sigma 2.5", "sigma2.5_paper"),
         ("--observed --iteration 4", "observed_fast_iteration4"),
+        ("--real_noise --sigma 0", "sigma0_fast_real_noise1"),
         (
             "--observed --fuse on --noise_sigma 7 --seed 20240101",
             "observed_fast_noise_sigma7_fuse-on_seed20240101",
