@@ -32,4 +32,4 @@ def blank_figures(request, monkeypatch):
     if "figures" not in request.fixturenames:
         blank = cv2.imencode(".png", np.zeros((1, 1), np.uint8))[1].tobytes()
         for figure in ("comparison", "uncertainty", "curves"):
-            monkeypatch.setattr(f"drawing.{figure}", lambda *_: blank)
+            monkeypatch.setattr(f"results.{figure}", lambda *_: blank)
