@@ -525,6 +525,9 @@ class Result:
         if self.begun:
             self.record |= {"finished": not failed, "failed": failed}
             self._write_record()
+        elif earlier := read_record(self.folder):  # other processes must not count it
+            data = json.dumps(earlier | {"failed_at": time.time()}, indent=1)
+            self._write("record.json", data.encode())
         if not failed and not self.extends:
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         if self.record["rows"]:
@@ -718,7 +721,8 @@ class Run:
             # A joined stack's record has no columns; another version has others.
             if record and record.get("columns") == [*COLUMNS]:
                 resumed = self.args.resume and str(file) not in failed
-                if resumed or record["written"] >= since:
+                marked = record.get("failed_at", 0) >= since
+                if not marked and (resumed or record["written"] >= since):
                     found[file] = record
         return found
 

@@ -256,3 +256,22 @@ def test_processes_join_a_stack_once_all_its_pages_are_new(monkeypatch):
         joined = cv2.imreadmulti(str(joined_in / "restored.tif"))[1]
         assert [abs(page.mean() - value) < 20 for page in joined] == [True, True]
         joined_in.rename(f"{value}")
+
+
+def test_what_fails_now_in_another_process_has_no_earlier_score(monkeypatch):
+    summary = Path("logs/denoise/log-summary.csv")
+    for name in "abc":
+        write(f"in/{name}.png")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    good = Path("in/b.png").read_bytes()
+    for data, ranks, names in (
+        (good, "01", "abc"),
+        (b"no image", "10", "ac"),
+        (good, "01", "abc"),
+    ):
+        Path("in/b.png").write_bytes(data)
+        for rank in ranks:
+            monkeypatch.setenv("RANK", rank)
+            assert run("denoise", "--path in --test_frequency 4 --resume") == 0
+        rows = [row.split(",")[0] for row in summary.read_text().splitlines()[1:-1]]
+        assert rows == [f"in/{name}.png" for name in names]
