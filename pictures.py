@@ -363,7 +363,7 @@ def read_tiff(path, crop):
 
 
 def tiff_arguments(series):
-    """Return tifffile.imwrite's arguments for such a plane; InputError: it is of no use."""
+    """Return tifffile.imwrite's arguments for a plane of a series, or raise InputError."""
     page = series.keyframe
     kind, extra, bits = page.photometric, page.extrasamples, page.bitspersample
     if kind == YCBCR and page.compression in (6, 7):  # a JPEG, which tifffile converts
@@ -393,7 +393,7 @@ def tiff_arguments(series):
 
 
 def tiff_metadata(tiff, series):
-    """Return tifffile.imwrite's arguments for such a program, such axes and units."""
+    """Return tifffile.imwrite's arguments for a file's program, axes and units."""
     axes = series.axes.replace("SYX", "YXS")
     if tiff.is_imagej:
         computed = ("ImageJ", "images", "channels", "slices", "frames", "hyperstack")

@@ -312,7 +312,7 @@ OPTIONS = {
     "crop": (NATURAL, "side of a centre crop, pixels; 0: the whole image"),
     "sigma": (NOT_NEGATIVE, "noise to add: standard deviation, 0-255 scale"),
     "observed": (bool, "the image is already noisy or blurred: simulate nothing"),
-    "noise_sigma": (NOT_NEGATIVE, "--observed: its white noise's sigma, 0-255 scale"),
+    "noise_sigma": (NOT_NEGATIVE, "sigma of an --observed image's white noise, 0-255"),
     "reference": (text, "clean image to score the result of an --observed one"),
     "mask": (text, "image file, 0 or transparent where a pixel is missing"),
     "missing": (RATE, "share of the pixels to hide at random, and to score"),
