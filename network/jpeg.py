@@ -142,7 +142,7 @@ def measure_jpeg(y, known, grid):
     is_told = nonzero.sum() >= MIN_NUMBER and (
         nonzero.mean() >= MIN_SHARE or expected > MIN_EXPECTED
     )
-    left = math.sqrt((flat[:, 1:] ** 2).mean())
+    left = math.sqrt((flat[:, ORDER >= 4] ** 2).mean())  # texture is mostly lower
     halves = np.array_split(spectra[:, 0].argsort(), 2)
     dark, bright = (
         _flat_blocks(spectra[half], steps, distance[half], each)[1] for half in halves
