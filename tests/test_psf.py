@@ -179,7 +179,6 @@ def test_no_psf_is_taken_for_exact():
     ("flags", "text"),
     [
         ("--kernel estimate", "--kernel estimate goes with --observed"),
-        ("--kernel estimate --observed --missing 0.5", "a whole picture"),
         ("--kernel estimate --observed --kernel_size 65", "a smaller --kernel_size"),
         ("--kernel estimate --observed --path flat.png", "flat, or not twice"),
     ],

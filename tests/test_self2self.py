@@ -100,7 +100,7 @@ def test_entries_judged_are_those_not_seen():
         learner.train_step()
         dropped = (y**2).sum() - (spy.inputs[-1] ** 2).sum()
         expected = dropped / (1 - spy.masks[-1]).sum()
-        assert learner.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        assert learner.last_loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_batch_is_several_samples_of_one_observation():
@@ -223,7 +223,7 @@ def test_losses_are_those_of_every_tenth_step():
     learner, expected = begun(y), []
     for step in range(1, 126):
         train(learner, 1)
-        loss = learner.loss.item()
+        loss = learner.last_loss.item()
         expected += [loss] if step % 10 == 0 else []
     assert len(learner.losses) == 10  # read when the network's life was looked at
     assert learner.read_losses() == expected
