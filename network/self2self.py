@@ -336,12 +336,12 @@ class Self2Self:
         """
         if self.recipe.fuse == "none":
             return restored.image, None
-        scale, y = self.recipe.scale, self.y
+        scale, y, known = self.recipe.scale, self.y, self.known
         if self.clipped is not None:
             degraded = self.forward_operator(torch.as_tensor(restored.mean)[None].to(y))
             believed = (y > degraded) & (y < degraded + MAX_BELOW)
-            y = y.where(~self.clipped | believed, degraded)
-        seen = y[0], self.known[0]
+            known = known * (~self.clipped | believed)
+        seen = y[0], known[0]
         keep_memory(2**26, 2**28)  # of a large picture's tensors there are many
         try:
             mean, variance = restored.mean, restored.variance
