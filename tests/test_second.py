@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from references import by_groups, decibels, naive_filter, saved
 from skimage import data
 from tensors import random_image, seeded
-from test_similar import by_groups, decibels, naive_filter, saved
 
 from network.fusing import noisy as fusing_noisy
 from network.fusing import second, similar

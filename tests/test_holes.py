@@ -1,13 +1,13 @@
-"""Fusing where entries are missing."""
+"""Fusing an observation without noise whose entries are partly missing."""
 
 import numpy as np
 import pytest
 import torch
+from references import decibels, saved
 from scipy.ndimage import gaussian_filter
+from scripts import chosen
 from skimage.restoration import inpaint_biharmonic
 from tensors import begun, random_image, train
-from test_options import chosen
-from test_similar import decibels, saved
 
 from network.fusing import missing, noisy
 
