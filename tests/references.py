@@ -12,7 +12,7 @@ from network.fusing import similar
 from utils import gaussian_noise
 
 
-def naive_filter(pilot, y, noise, patch, size, gain):
+def naive_filter(pilot, y, noise, patch, size, boost):
     """Reference by reference, with T and W as the matrices of their definitions.
 
     The noise is by frequency, (H, W // 2 + 1).
@@ -22,15 +22,15 @@ def naive_filter(pilot, y, noise, patch, size, gain):
     covariance = np.array(
         [[shared[a - c, b - d] for c, d in pixels] for a, b in pixels]
     )
-    level, n = np.sqrt((noise**2).mean()), patch**2
+    variance, n = np.sqrt((noise**2).mean()), patch**2
 
     def two_filters(x, z):
         k = len(x)
         centred = x - x.mean()
-        energy = similar.VISIBLE * (centred**2).mean()
-        strength = gain ** (energy / (energy + level))
+        energy = similar.DETAIL_FACTOR * (centred**2).mean()
+        strength = boost ** (energy / (energy + variance))
         gram = strength * centred @ centred.T
-        t = np.linalg.solve(gram + n * level * np.eye(k), gram)
+        t = np.linalg.solve(gram + n * variance * np.eye(k), gram)
         ridge = z.mean() + t @ (z - z.mean())
         lost = ((centred - t @ centred) ** 2).mean(1)
         left = np.maximum((t**2).sum(1), 1 / k)
@@ -39,8 +39,8 @@ def naive_filter(pilot, y, noise, patch, size, gain):
         w = np.linalg.solve(gram + k * covariance, gram)
         wiener = z.mean(0) + (z - z.mean(0)) @ w
         lost = (lost + ((centred - centred @ w) ** 2).mean(1)) / 2
-        left = (left + np.trace(w.T @ covariance @ w) / n / level + 1 / k) / 2
-        return (ridge + wiener) / 2, left, level * left / 2 + lost
+        left = (left + np.trace(w.T @ covariance @ w) / n / variance + 1 / k) / 2
+        return (ridge + wiener) / 2, left, variance * left / 2 + lost
 
     return by_groups(pilot, y, patch, size, two_filters)
 
@@ -61,10 +61,10 @@ def by_groups(pilot, y, patch, size, estimate):
         last = length - patch
         places = [min(i * stride, last) for i in range(-(-last // stride) + 1)]
         places += [last] * (-len(places) % count)
-        span = min((count - 1) * stride + 2 * similar.REACH, last)
+        span = min((count - 1) * stride + 2 * similar.SEARCH_REACH, last)
         for i, place in enumerate(places):
             tile = places[i - i % count]
-            first = min(max(tile - similar.REACH, 0), last - span)
+            first = min(max(tile - similar.SEARCH_REACH, 0), last - span)
             yield place, range(first, first + span + 1)
 
     def at(image, i, j):

@@ -34,7 +34,7 @@ def test_a_residual_is_spread_by_its_definition(share):
     residual = random_image(3, 20, 17)
     known = (random_image(3, 20, 17, seed=1) < share).float()
     expected = naive_spread(residual.double().numpy(), known.numpy())
-    made = missing.spread(residual, known)
+    made = missing.spread_residual(residual, known)
     np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
@@ -67,7 +67,7 @@ def test_the_first_guess_is_the_network_with_its_residual_spread(monkeypatch):
     y, f = (random_image(1, 40, 33, seed=seed) for seed in (0, 1))
     known = torch.from_numpy(holes(0.5, (1, 40, 33)))
     result, _ = missing.fill_holes(f, torch.ones_like(y), y, known)
-    expected = torch.where(known > 0, y, f + missing.spread(y - f, known))
+    expected = torch.where(known > 0, y, f + missing.spread_residual(y - f, known))
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 

@@ -33,7 +33,7 @@ def test_pass_is_its_definition(shape, times, monkeypatch):
     if len(pilot) == 3:
         pair, _ = filter_groups(pilot[[0, 2]], y[[0, 2]], noise[:2])
         torch.testing.assert_close(made[[0, 2]], pair)
-    monkeypatch.setattr(similar, "TILES", 1)
+    monkeypatch.setattr(similar, "MAX_TILES", 1)
     torch.testing.assert_close(list(filter_groups(pilot, y, noise)), [made, risk])
 
 
@@ -44,7 +44,7 @@ def test_slabs_leave_no_trace(monkeypatch):
     known = f, np.full_like(y, 0.001), y, np.ones(1), 25, identity
     made = {}
     for count in (1, 10**6):
-        monkeypatch.setattr(similar, "TILES", count)
+        monkeypatch.setattr(similar, "MAX_TILES", count)
         slabs = list(similar.filter_slabs(*map(torch.from_numpy, (f, y)), 0.01))
         assert len(slabs) == 1 or count == 1
         made[count] = *noisy.fuse_noisy(*known), *(torch.cat(x, 1) for x in zip(*slabs))
@@ -79,7 +79,7 @@ def test_black_and_white_checks_stay_with_hardly_any_noise(gap):
     """Gram matrices of few large eigenvalues, near to singular."""
     rows = torch.arange(64) // gap
     checks = ((rows + rows[:, None]) % 2).float()[None]
-    result, _ = filter_groups(checks, checks, (noisy.LEAST_SIGMA / 255) ** 2)
+    result, _ = filter_groups(checks, checks, (noisy.MIN_PASS_SIGMA / 255) ** 2)
     torch.testing.assert_close(result, checks, atol=1e-2, rtol=0)
 
 
@@ -95,7 +95,7 @@ def test_pass_finds_a_detail_that_the_pilot_has_only_faintly():
 
 @pytest.mark.parametrize("task", ["denoise", "deblur"])
 def test_a_networks_result_gains_by_the_pass(task, monkeypatch):
-    monkeypatch.setattr(noisy, "SECOND", 0)
+    monkeypatch.setattr(noisy, "SECOND_SHARE", 0)
     clean, known = saved(task)
     result, predicted = noisy.fuse_noisy(*known)
     monkeypatch.setattr(noisy, "filter_slabs", without_pass)
