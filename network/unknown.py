@@ -16,8 +16,8 @@ MIN_SHARED, MIN_GAP, MIN_GAP_BELOW, TAIL = 4, 12, 2, 0.001
 OVER_SPAN, OVER_MEDIAN, MEDIAN_EXCESS, ENOUGH = 3, 16, 0.89, 0.5
 MIN_FREE = 0.05  # share of entries without clipped neighbours that tell the usual span
 # The largest value is salt (the least pepper) if outliers are IMPULSE_SHARE of its entries
-# with up to MAX_CROWD such neighbours, and MIN_IMPULSES at least. Then those entries are
-# impulses, unless they fit the median of MEDIAN_SIDE x MEDIAN_SIDE pixels as MAX_SAMPLE others do.
+# with up to MAX_CROWD such neighbours, and MIN_IMPULSES at least. Then all of these entries
+# are, unless they fit a median of MEDIAN_SIDE x MEDIAN_SIDE pixels as MAX_SAMPLE others do.
 IMPULSE_SHARE, MIN_IMPULSES, MAX_CROWD, MEDIAN_SIDE, MAX_SAMPLE = 0.03, 8, 3, 5, 2**16
 NEIGHBOURS = np.arange(9).reshape(3, 3) != 4
 
