@@ -17,7 +17,7 @@ import utils
 from network import noise, recipes
 from network.blur import CircularBlur, gaussian_psf
 from network.noise import fill_unknown
-from network.psf import SECOND, doubt, estimate_psf, point
+from network.psf import SECOND_SPARSE, doubt, estimate_psf, point
 from network.scale import find_scale
 from network.unknown import find_unknown
 
@@ -163,7 +163,7 @@ def estimate(result, x, size):
             "pixels; a smaller --kernel_size may be found"
         )
     psf = estimate_psf(x, size)
-    print(f"{result.name}: {doubt(psf, estimate_psf(x, size, SECOND))}")
+    print(f"{result.name}: {doubt(psf, estimate_psf(x, size, SECOND_SPARSE))}")
     return psf
 
 

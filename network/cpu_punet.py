@@ -64,9 +64,9 @@ def convolve_kept(layer, x, mask):
     mask, ratio, weight, bias = (
         t.to(x.dtype) for t in (mask, ratio, layer.weight, layer.bias.view(1, -1, 1, 1))
     )
-    x = x * spread(mask, x)
+    x = x * expand(mask, x)
     output = conv2d(*two_channels(x, weight))
-    bias, ratio = spread(bias, output), spread(ratio, output)
+    bias, ratio = expand(bias, output), expand(ratio, output)
     return torch.addcmul(bias, output, ratio), updated
 
 
@@ -127,7 +127,7 @@ def draw_dropout(network, layer, whole, like, draw):
     return keep, weight
 
 
-def spread(x, like):
+def expand(x, like):
     """Expand x, which broadcasts to a map `like` (N, C, H, W), to its full size.
 
     Only in bfloat16: there PyTorch multiplies five times slower when it broadcasts.

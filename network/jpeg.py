@@ -34,9 +34,9 @@ MIN_FULL = 0.05  # share of nonzero coefficients without a step: it is a small o
 MAX_OFF = 0.125  # median distance from multiples of a step, over it; 0.25 is chance
 SIGMAS = np.geomspace(0.5, 100, 200)  # that are tried, 0-255 scale
 FLOOR = 1e-6  # likelihood of a coefficient that is texture
-FLAT = 0.01, 0.02, 0.04, 0.08, 0.16, 0.32  # shares of the blocks, the flattest
+FLAT_SHARES = 0.01, 0.02, 0.04, 0.08, 0.16, 0.32  # shares of the blocks, the flattest
 MIN_FLAT_BLOCKS = 12
-MAX_GAIN = 1.05  # of the variance from one share to the next; more is texture
+MAX_RISE = 1.05  # of the variance from one share to the next; more is texture
 # Noise is clipped where a block's mean is nearer to black or white, in sigmas.
 MIN_DISTANCE = 1.5
 # The noise is told where so many coefficients are not 0, which are this share or more, or
@@ -200,10 +200,10 @@ def _flat_blocks(spectra, steps, distance, each):
         if len(inside) < MIN_FLAT_BLOCKS:
             break
         before, sigma = sigma, 0.0
-        for share in FLAT:
+        for share in FLAT_SHARES:
             chosen = spectra[inside[: max(MIN_FLAT_BLOCKS, int(share * len(inside)))]]
             own = _fit_sigma(chosen, steps, ORDER >= 4)
-            if sigma and own**2 > MAX_GAIN * sigma**2:
+            if sigma and own**2 > MAX_RISE * sigma**2:
                 break
             flat, sigma = chosen, min(own, sigma or own)
         if sigma <= before:

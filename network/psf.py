@@ -23,7 +23,7 @@ PATCH_SIDE = 512  # pixels; the PSF is estimated from the part with the stronges
 # Weight of the number of gradients: at first, divisor after each alternation, at least.
 SPARSE, SPARSE_DIVISOR, MIN_SPARSE = 0.032, 1.1, 1e-4
 # `doubt` compares two estimates: weight for the second, least correlation of a sure PSF.
-SECOND, MIN_CORRELATION = 0.012, 0.7
+SECOND_SPARSE, MIN_CORRELATION = 0.012, 0.7
 # Alternations at a scale, and what _normalise cuts: at every scale, and at the last one the
 # second time, which starts with the FINE_DIVISOR-th part of the weight.
 ROUGH, FINE, FINE_DIVISOR = (5, 0.05, 0.1), (30, 0.02, 0.02), 5
@@ -94,7 +94,7 @@ def doubt(psf, second):
 
     Args:
         psf: the estimate, (h, w).
-        second: another one, made with the weight SECOND; a sure PSF hardly depends on it.
+        second: another one, made with the weight SECOND_SPARSE; a sure PSF hardly depends on it.
     """
     if psf.max() == 1:
         return "hardly any blur is found; nothing is deblurred"

@@ -1,4 +1,4 @@
-"""How a network is trained: the settings, and the two recipes that choose them.
+"""How a network is trained: its settings, two recipes, and their values for one picture.
 
 network/README.md has the measurements behind the choices.
 """
@@ -12,62 +12,63 @@ from network.checks import check_observation
 from network.noise import MIN_SIGMA, find_noise
 from network.scale import UNIT, Scale, find_scale
 
-UNKNOWN_SIGMA = 25  # taken where the noise is not known
+UNKNOWN_SIGMA = 25  # stands in for a sigma that is not known
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Every setting of a training.
 
-    In RECIPES a setting may be a dictionary that goes by the noise: its keys are sigmas
-    from which on a value holds, where 255 stands for the range that the picture fills.
+    In RECIPES a setting may depend on the noise. Then it is a dictionary: smallest sigma
+    -> value, where 255 is the range that the picture fills.
     """
 
-    # p of the Bernoulli mask and of the decoder's dropout, in [0, 1). 0: no sampling,
-    # every entry is judged.
+    # p of the Bernoulli mask and of the decoder's dropout, in [0, 1). 0: no sampling, and
+    # the loss counts every known entry.
     drop_rate: float
-    # Whether dropout takes entries of upsampled maps, too: see Punet.
+    # Whether dropout also drops entries of upsampled maps: see Punet.
     drop_upsampled: bool
-    # Training steps, which the schedule goes by.
+    # Number of training steps. The schedule ends with the last one.
     iteration: int
     # adam, adamw, or muon: Muon for the wide convolutions' weights, Adam for the rest.
     optimizer: str
     # Learning rate.
     lr: float
-    # Decay of Adam's mean of squared gradients. With 0.9, as the mean of the gradients
-    # has, no step is larger than the learning rate.
+    # Decay of Adam's mean of squared gradients. With 0.9, the decay of its mean of
+    # gradients, no step is larger than the learning rate.
     beta2: float
-    # constant, or linear: the rate rises for the first twentieth of the steps and falls
-    # to 0 in a straight line.
+    # constant, or linear: the learning rate rises over the first twentieth of the steps,
+    # and falls to 0 along a straight line.
     schedule: str
-    # The partial convolutions' numerator: window, k*k as the TensorFlow layer has it, or
-    # entries, k*k*C, with which signals keep their size.
+    # The partial convolutions' numerator: window for k*k, as in the TensorFlow layer, or
+    # entries for k*k*C, which keeps the size of signals.
     ratio: str
-    # Initial weights: pytorch, its default, or tensorflow: He's and Glorot's, see punet.py.
+    # Initial weights: pytorch for its default; tensorflow for He's and Glorot's, see
+    # Punet.initialise_like_tensorflow.
     initialisation: str
-    # default: the last bias is as initialised; mean: it is such that the first
-    # predictions have the observation's mean.
+    # The last bias: default as initialised; mean for first predictions with the mean of
+    # the observation.
     start: str
     # Share of the published channels in the layers that take most time, (0, 1]: see Punet.
     width: float
-    # Where the last sigmoid goes on as a straight line, in [0, 0.5): see Punet.
+    # Where the last sigmoid turns into a straight line, in [0, 0.5): see Punet.
     bend: float
-    # Whether an 8-bit picture, too, is learnt in units in which it fills about [0, 1].
+    # Whether even an 8-bit picture is mapped to units in which it fills about [0, 1].
     own_scale: bool
-    # The training's own predictions join the ensemble, those of step t of T with weight
-    # (t / T)**averaging_power; None: they do not.
+    # The predictions that training makes join the ensemble, those of step t of T with the
+    # weight (t / T)**averaging_power. None: they do not.
     averaging_power: float | None
-    # What is fused with the ensemble, see network/fusing: none; noise, an observation
-    # with white noise; holes, one without noise of which entries are unknown.
+    # What is fused with the ensemble: none; noise for an observation with white noise;
+    # holes for one without noise that has unknown entries. See network/fusing.
     fuse: str
-    # n, by which steps see the observation as drawn anew, Poisson(n y) / n, against noise
-    # that neighbours share (TensorFlow's mode for real noise); None: as it is.
+    # n. Each step replaces the observation by photon counts, Poisson(n y) / n, against noise
+    # that neighbours share (TensorFlow's mode for real noise). None: no step does.
     photons: int | None
-    # Of feature maps and convolutions: float32, bfloat16, or auto: bfloat16 on a CPU that
-    # multiplies it. Weights, loss, optimisers and ensemble are float32.
+    # Type of feature maps and convolutions: float32, bfloat16, or auto for bfloat16 on a CPU
+    # with instructions for it. Weights, loss, optimisers and ensemble are float32.
     precision: str
-    # Side of the windows that steps are trained on, pixels; a side of the picture that is
-    # no longer is taken whole. 0: the picture is the window.
+    # Side of the training's windows, pixels. A picture is not cut along a side that is no
+    # longer than that. 0: the window is the whole picture.
     window: int
     # Bernoulli samples of the observation per step.
     bs: int = 1
@@ -80,7 +81,7 @@ class Recipe:
 
 
 RECIPES = {
-    # The released TensorFlow code's training: the published method.
+    # The published method, trained as in the released TensorFlow code.
     "paper": Recipe(
         drop_rate=0.3,
         drop_upsampled=True,
@@ -101,7 +102,7 @@ RECIPES = {
         precision="float32",
         window=0,
     ),
-    # Its quality and more in 500 steps.
+    # At least the quality of `paper`, in 500 steps.
     "fast": Recipe(
         drop_rate={0: 0.2, 40: 0.3},  # much noise is overfitted sooner
         drop_upsampled=False,  # a step takes three quarters of the time
@@ -111,55 +112,63 @@ RECIPES = {
         beta2=0.9,
         schedule="linear",
         ratio="entries",
-        initialisation="pytorch",  # the other leaves the ensemble behind
+        initialisation="pytorch",  # TensorFlow's makes a worse ensemble
         width=1.0,
         start="mean",  # a large rate does not run into the sigmoid's flat ends
-        bend=0.1,  # what lies beyond the range of y can be reached
+        bend=0.1,  # the network can predict values beyond the range of y
         own_scale=True,
-        averaging_power={0: 3, 40: 1},  # of much noise more of the early ones
-        fuse="noise",  # or holes, where the picture has no noise but these
+        averaging_power={0: 3, 40: 1},  # with much noise early predictions help more
+        fuse="noise",  # `adapt` may change it to holes or none
         photons=100,  # 25 blurs fine detail
         precision="auto",
         window=384,  # large pictures cost no more than small ones
     ),
 }
 
-# What `fast` has instead where its result is fused, but for CUDA. That makes good what the
-# network loses, and a step takes three quarters of the time. A GPU would gain nothing: its
-# steps are many kernels that are short already.
+# Changes to `fast` on every device but CUDA if its result is fused. A step takes three
+# quarters of the time, and fusing restores what the narrow network loses. CUDA would gain
+# nothing, because its steps consist of many kernels that are short already.
 FUSED = {"width": 0.5}
-# Smaller windows save as much again. Of more pixels than SMALL they would see too few.
-FUSED_SMALL, SMALL = FUSED | {"window": 256}, 2**18
+# Smaller windows save as much again. They would cover too little of a picture with more than
+# MAX_SMALL pixels.
+FUSED_SMALL, MAX_SMALL = FUSED | {"window": 256}, 2**18
+# Under a blur, plug and play needs no better start than this.
+FUSED_BLURRED = {"iteration": 250}
 
 
 def adapt(
     name, y, known=None, noise=None, *, given=None, eight_bits=False, blurred=False
 ):
-    """Return a recipe as it is for one picture.
+    """Return a recipe with the values that suit one picture.
 
-    White noise is fused; where it grows with the signal it is made even before. Against
-    noise that neighbours share, steps see fresh Poisson noise. `paper` does neither.
+    A picture with white noise is fused; noise that grows with the signal is made even
+    first. Against noise that neighbours share, each step adds fresh Poisson noise. `paper`
+    does neither.
 
     Args:
-        name: of one of RECIPES.
-        y, known: the observation and what is known of it: see Self2Self.
-        noise: y's, a noise.Noise; None: it is found, from what is known of y.
-        given: overrides. Recipe's fields -> value, but `fuse`: True, False; `real_noise`,
-            `num_prediction`, `device` (a torch.device). None, and any other key, says nothing.
-        eight_bits: whether y comes from a file of 8 bits, 255 being 1: `paper` takes it as
-            it is, and photons are counted in its units.
+        name: a key of RECIPES.
+        y, known: the observation and its known entries: see Self2Self.
+        noise: y's noise, a noise.Noise. None: it is found in the known entries.
+        given: values that override the recipe's, by the names of its fields; but `fuse` is
+            True or False. Also `real_noise`, `num_prediction` and `device`, a torch.device.
+            Other keys, and values of None, are ignored.
+        eight_bits: whether y comes from an 8-bit file, in which 255 is 1. `paper` keeps
+            these units, and photons are counted in them.
         blurred: whether y is blurred.
 
+    Returns:
+        A Recipe without dictionaries and without `auto`.
+
     Raises:
-        ValueError: y or known has another shape or type; a sentence says which.
+        ValueError: y or known has another shape or type; the message says which.
     """
     recipe, (y, known) = RECIPES[name], check_observation(y, known)
     given = {k: v for k, v in (given or {}).items() if v is not None}
     noise = noise or find_noise(y, known)
-    holes = not blurred and not known.all()  # a blur's margin is no hole
+    holes = not blurred and not known.all()  # under a blur it may be the margin
     values = _units(recipe, y, known, noise, eight_bits, blurred)
     if not blurred and values["noise"] is not None:
-        # Noise that is next to nothing: the known entries help more as they are.
+        # Next to no noise counts as none, so that fill_holes keeps the known entries.
         values["noise"] *= not (holes and values["noise"] < MIN_SIGMA)
         if not holes and values["noise"] == 0:
             values["iteration"] = 0  # there is nothing to learn
@@ -172,7 +181,8 @@ def adapt(
     device = given.get("device")
     on_cuda = device is not None and device.type == "cuda"
     if not on_cuda and "none" not in (recipe.fuse, values["fuse"]):
-        values |= {k: given.get(k, v) for k, v in _less_for_cpu(y, known).items()}
+        less = _less_for_cpu(y, known, blurred)
+        values |= {field: given.get(field, value) for field, value in less.items()}
     recipe = dataclasses.replace(recipe, **values)
     if recipe.precision == "auto":
         precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
@@ -181,13 +191,13 @@ def adapt(
 
 
 def _units(recipe, y, known, noise, eight_bits, blurred):
-    """Return the learner's units, and the noise's sigma in them, as Recipe's fields."""
+    """Return the fields `scale`, `noise` (sigma in the learner's units) and `absolute`."""
     nothing = noise.kind == "none" and not blurred
     evened = recipe.own_scale and not (blurred or nothing or noise.is_even())
     lines = noise.lines if evened else ()
     as_published = eight_bits and not recipe.own_scale
     scale = UNIT if as_published else find_scale(y, known, blurred, lines)
-    # A blur leaves little of the network's error in a JPEG: the residual is the noise.
+    # Under a blur the residual of a JPEG is nearly all noise, so its sigma is taken.
     from_residual = blurred and noise.jpeg
     sigma = 0.0 if nothing else None if from_residual else noise.sigma()
     sigma = None if sigma is None else scale.sigma(sigma)
@@ -196,11 +206,11 @@ def _units(recipe, y, known, noise, eight_bits, blurred):
 
 
 def _values_by_noise(recipe, noise, sigma, blurred):
-    """Return the fields that go by the noise, with their values at a sigma."""
-    level = sigma if noise.is_white() and not blurred else UNKNOWN_SIGMA
+    """Return the fields that depend on the noise, with their values at a sigma."""
+    sigma = sigma if noise.is_white() and not blurred else UNKNOWN_SIGMA
     return {
         field: next(
-            value for least, value in reversed(values.items()) if least <= level
+            value for least, value in reversed(values.items()) if least <= sigma
         )
         for field, values in vars(recipe).items()
         if isinstance(values, dict)
@@ -208,11 +218,12 @@ def _values_by_noise(recipe, noise, sigma, blurred):
 
 
 def _what_is_fused(recipe, noise, values, holes, blurred, given):
-    """Return what is fused: none, noise or holes.
+    """Return the field `fuse`: none, noise or holes.
 
     Args:
-        values: of the recipe's fields.
-        given: see adapt.
+        recipe, noise, blurred, given: see adapt.
+        values: fields -> values that adapt has chosen so far.
+        holes: whether entries are unknown, without a blur.
     """
     scale, sigma = values["scale"], values["noise"]
     filled = holes and sigma == 0
@@ -226,15 +237,15 @@ def _what_is_fused(recipe, noise, values, holes, blurred, given):
     return "holes" if filled else "noise"
 
 
-def _less_for_cpu(y, known):
-    """Return the fields by which a CPU saves time where the result is fused."""
-    known = np.broadcast_to(known.any(0), y.shape[1:])  # without a blur's margin
-    small = known.any(0).sum() * known.any(1).sum() <= SMALL
-    return FUSED_SMALL if small else FUSED
+def _less_for_cpu(y, known, blurred):
+    """Return the fields that save time on a CPU if the result is fused."""
+    known = np.broadcast_to(known.any(0), y.shape[1:])  # a blur's margin does not count
+    small = known.any(0).sum() * known.any(1).sum() <= MAX_SMALL
+    return (FUSED_SMALL if small else FUSED) | (FUSED_BLURRED if blurred else {})
 
 
 def multiplies_bfloat16(device):
-    """Tell whether a torch.device, None for the CPU, multiplies bfloat16 by instructions."""
+    """Tell whether a torch.device (None: the CPU) has instructions to multiply bfloat16."""
     import torch
 
     able = torch.cpu.get_capabilities()

@@ -20,14 +20,22 @@ from network.muon import make_optimizers, moments
 from network.scale import UNIT
 from network.windows import Window, tiles
 
-# Pixels in one forward pass of the ensemble: they fill a GPU, and suit a CPU's cache.
+# Pixels in one forward pass of the ensemble, at least one sample: enough to fill a GPU, few
+# enough for a CPU's cache.
 PREDICTION_PIXELS = {"cuda": 2**20, "cpu": 1, "mps": 2**18}
-FULL_ENSEMBLE = 2**18  # pixels of a picture up to which an ensemble has its full size
-# How far below a clipped entry A(f) may lie, [0, 1] scale; farther below the network has not
-# reached a lamp's brightness, and the entry tells nothing.
+FULL_ENSEMBLE = 2**18  # pixels; an ensemble of a larger picture has fewer predictions
+# If A(f) lies farther below a clipped entry, in the learner's units, the network has not
+# learnt how bright a lamp is, and fusing ignores the entry.
 MAX_BELOW = 0.1
-ATTEMPT_SEED = 1_000_003  # between the seeds of a network's attempts
-COUNTED = ("step", "loss_steps", "attempt", "lr", "notes", "losses")  # not tensors
+ATTEMPT_SEED = 1_000_003  # difference of the seeds of two attempts
+COUNTED = (
+    "step",
+    "loss_steps",
+    "attempt",
+    "lr",
+    "notes",
+    "losses",
+)  # state, not tensors
 
 
 def dropped_loss(degraded, y, judged):
@@ -36,52 +44,52 @@ def dropped_loss(degraded, y, judged):
     Args:
         degraded: A(f), the prediction through the forward operator, (N, C, H, W).
         y: the observation, broadcast to the same shape.
-        judged: 1 - m, of the same shape; where it is 0 an entry is not looked at.
+        judged: 1 - m, of the same shape: 1 where the loss counts an entry, else 0.
     """
     return (judged * (degraded - y) ** 2).sum() / judged.count_nonzero().clamp(min=1)
 
 
 @functools.cache
 def capture_stream(device):
-    """The stream that a device's steps are captured on: each one keeps work space."""
+    """Return the one stream for all captures on a device: every stream keeps workspace."""
     return torch.cuda.Stream(device)
 
 
 class Self2Self:
     """The learner of one image.
 
-    All is learnt in the learner's own units, to which `recipe.scale` brings y. What
-    `predict` and `fuse` give is in y's units.
+    It learns in its own units, to which `recipe.scale` maps y. `predict` and `fuse` return
+    y's units.
 
     Args:
-        y: the observation, (C, H, W), float, in any units, not clipped; of fewer than 32
-            channels, its sides 32 pixels or more.
-        forward_operator: A, of y = A(x) + n, from and to (N, C, H, W): the identity for
-            denoising. It keeps a constant. One that looks around takes the picture as
-            periodic, and has `reach`, how many pixels it looks: above 0. It is applied
-            to y once, as a check.
-        known: 1 where an entry of y is known, else 0; (C, H, W) or (1, H, W). An unknown
-            entry is neither seen nor judged. None: all are known.
+        y: the observation, (C, H, W), floats in any units, not clipped, with fewer than 32
+            channels and sides of 32 pixels or more.
+        forward_operator: A of y = A(x) + n, from and to (N, C, H, W): see network/blur.py.
+            The identity for denoising. It maps a constant image to itself. The constructor
+            applies it to y once, to check it.
+        known: 1 where an entry of y is known, else 0; (C, H, W) or (1, H, W). The network
+            never gets an unknown entry, and the loss does not count it. None: all are
+            known.
         recipe: how to train, a recipes.Recipe: see recipes.adapt.
-        seed: of the weights, the masks and the dropout.
+        seed: seed of the weights, the masks and the dropout.
         device: where to compute.
         clipped: True where y is at its sensor's white, (C, H, W), bool: there A(x) is y or
             more. None: nowhere.
         network: function that takes C and returns a new module, called as
-            module(x, mask, draw): see Punet.forward. Every restart calls it again. What
-            the recipe says about layers and initial weights does not reach the module; a
-            method `start_at` and an attribute `bend` are used if it has them, as Punet
-            does. None: the recipe's Punet.
-        loss: what a step minimises, a function as dropped_loss.
-        capture: whether steps on CUDA run as one graph. Without it every line of a step
+            module(x, mask, draw): see Punet.forward. Every restart calls the function
+            again. The recipe's settings of layers and initial weights do not apply. A
+            method `start_at` and an attribute `bend`, as Punet has them, are used if they
+            exist. None: the recipe's Punet.
+        loss: what a step minimises: a function like dropped_loss.
+        capture: whether a step on CUDA runs as one graph. Without it every line of a step
             runs in Python, so prints and breakpoints work.
 
     Raises:
-        ValueError: y, known or the operator is none of these; a sentence says why.
+        ValueError: y, known or the operator is not as described; the message says why.
 
-    `step` counts the training steps done. `notes` says, in a sentence each, when the
-    network has died and started over. `losses` are those of every LOSS_EVERY-th step; the
-    last few are still on the device: see `read_losses`.
+    `step` counts the training steps done. `notes` has a sentence for each time that the
+    network died and started over. `losses` has the loss of every LOSS_EVERY-th step; the
+    last ones may still be on the device: see `read_losses`.
     """
 
     LOSS_EVERY = 10
@@ -111,7 +119,8 @@ class Self2Self:
         if clipped is not None:
             self.clipped = torch.as_tensor(clipped, device=self.device)[None]
         scale = recipe.scale if recipe.absolute else UNIT
-        self.black, self.unit = -scale.offset / scale.span, scale.span  # of photons
+        # Photons are counted from `black` on, in units `unit` times smaller than ours.
+        self.black, self.unit = -scale.offset / scale.span, scale.span
         check_operator(forward_operator, self.y)
         self.make_network, self.loss = network or self._punet, loss
         self.captures = capture and self.device.type == "cuda"
@@ -123,15 +132,14 @@ class Self2Self:
         )
         bend = getattr(self.network, "bend", None)
         self.health = health.Health(self.y, self.known, bend)
-        self.rate = torch.tensor(
-            recipe.lr, device=self.device
-        )  # read by captured steps
+        # A captured step reads its learning rate from this tensor.
+        self.rate = torch.tensor(recipe.lr, device=self.device)
         kind = recipe.optimizer, recipe.beta2
         self.optimizers = make_optimizers(self.network, *kind, self.rate)
-        self.ensemble = None  # of the training's own predictions
+        self.ensemble = None  # the sums of the predictions that training makes
         if recipe.averaging_power is not None:
             self.ensemble = Ensemble(self.y[0], opponent(self.y[0]))
-        # A captured step reads the weight of its predictions, adds its loss and leaves it.
+        # A captured step reads `prediction_weight`, and writes the two losses.
         values = torch.zeros(3, device=self.device)
         self.prediction_weight, self.loss_sum, self.last_loss = values
         self.recent = self.last_loss.new_zeros(health.CHECK_EVERY // self.LOSS_EVERY)
@@ -154,7 +162,7 @@ class Self2Self:
         return network
 
     def _new_network(self, attempt, start):
-        """Return a network's first weights, on the CPU: the same for every device."""
+        """Return a new network, initialised on the CPU so that all devices start alike."""
         with torch.random.fork_rng(devices=()), torch.no_grad():
             torch.manual_seed(self.seed + ATTEMPT_SEED * attempt)
             network = self.make_network(self.y.shape[1])
@@ -171,14 +179,14 @@ class Self2Self:
         return [*learnt, self.last_loss, self.loss_sum, *self.health.tensors(), *sums]
 
     def state_dict(self):
-        """All that the coming steps depend on: numbers, and tensors that steps change."""
+        """Return all that the coming steps depend on: numbers, and tensors that steps change."""
         self.read_losses()
         tensors = [tensor.detach() for tensor in self._tensors()]
         state = {"tensors": tensors, "masks": self.masks.state()}
         return state | {name: getattr(self, name) for name in COUNTED}
 
     def load_state_dict(self, state):
-        """Go on from a state of the same image, settings and device type, in place."""
+        """Continue from a state_dict of the same image, settings and device type."""
         with torch.no_grad():
             for tensor, saved in zip(self._tensors(), state["tensors"], strict=True):
                 tensor.copy_(saved)
@@ -187,11 +195,10 @@ class Self2Self:
             setattr(self, name, copy.copy(state[name]))
 
     def train_step(self):
-        """One optimiser step on `bs` Bernoulli samples of the observation.
+        """Take one optimiser step on `bs` Bernoulli samples of the observation.
 
-        Every 100 steps, and at the last one, a network that has died is noticed. It
-        starts over, so that `step` is 0, with other weights, begun at the mean, and half
-        the learning rate.
+        Every 100 steps, and after the last one, we check whether the network has died. If
+        so, it starts over: see `restart`.
 
         Raises:
             FloatingPointError: it died after step 1,000, or for the fifth time.
@@ -228,7 +235,7 @@ class Self2Self:
         return self.losses
 
     def _weight_of(self, step):
-        """The weight of a training step's predictions in the ensemble."""
+        """Return the weight in the ensemble of the predictions that a step makes."""
         return (step / self.recipe.iteration) ** self.recipe.averaging_power
 
     def alive(self):
@@ -236,7 +243,7 @@ class Self2Self:
         return self.health.lives(self.step)
 
     def _start_over_or_give_up(self):
-        """Answer the network's death; early on other weights may live."""
+        """Restart a dead network, or raise FloatingPointError: see train_step."""
         death = f"the network died (constant or non-finite output) by step {self.step}"
         if self.step > health.EARLY or self.attempt == health.ATTEMPTS:
             lr = self.recipe.lr
@@ -247,7 +254,10 @@ class Self2Self:
         )
 
     def restart(self):
-        """Start over: other weights, begun at the mean, and half the learning rate."""
+        """Start over at step 0, with new weights and half the learning rate.
+
+        The network begins at the observation's mean.
+        """
         self.attempt, self.lr = self.attempt + 1, self.lr / 2
         self.step = self.loss_steps = 0
         self.losses.clear()
@@ -259,10 +269,11 @@ class Self2Self:
         self.masks.seed(self.seed, 0)
 
     def ensemble_size(self, num_prediction):
-        """Return how many predictions are averaged: of a large picture fewer.
+        """Return how many predictions are averaged: fewer for a large picture.
 
-        Where steps are trained on windows, an ensemble takes no longer than one of a
-        picture of 512x512 pixels, but has 10 predictions: the training's own are many.
+        If training uses windows, the ensemble has so few predictions that it takes no
+        longer than that of 512x512 pixels, but 10 at least. Those that training made join
+        them.
         """
         if self.window.is_whole:
             return num_prediction
@@ -273,13 +284,14 @@ class Self2Self:
     def predict(self, num_prediction, advance=lambda n: None):
         """Average the dropout ensemble (paper, equation 8).
 
-        With an `averaging_power` the training's own predictions so far belong to it too.
-        The masks and the dropout of the others come from the seed and the step alone:
-        looking does not change the training.
+        With an `averaging_power` the predictions that training has made so far join it.
+        The masks and dropout of the new ones depend on the seed and the step alone, so
+        predicting does not change the training.
 
         Args:
-            num_prediction: predictions of the weights as they are; see ensemble_size.
-            advance: called with the number of predictions made since the last call.
+            num_prediction: number of predictions by the present weights; see
+                ensemble_size.
+            advance: function that gets the number of predictions made since its last call.
 
         Returns:
             The Restoration, in y's units and type.
@@ -331,8 +343,8 @@ class Self2Self:
             restored: the Restoration that `predict` gave.
 
         Returns:
-            The restoration and its predicted squared error, (C, H, W), in y's units.
-            Where the recipe does not fuse, the ensemble's own image, and None.
+            The restoration, (C, H, W), in y's units, and its predicted squared error, in
+            their squares. If the recipe does not fuse: the ensemble's image, and None.
         """
         if self.recipe.fuse == "none":
             return restored.image, None
@@ -341,8 +353,7 @@ class Self2Self:
             degraded = self.forward_operator(torch.as_tensor(restored.mean)[None].to(y))
             believed = (y > degraded) & (y < degraded + MAX_BELOW)
             known = known * (~self.clipped | believed)
-        seen = y[0], known[0]
-        keep_memory(2**26, 2**28)  # of a large picture's tensors there are many
+        keep_memory(2**26, 2**28)  # fusing makes many tensors as large as the picture
         try:
             mean, variance = restored.mean, restored.variance
             variance = variance / (scale.slope(mean) ** 2).mean(0)
@@ -350,7 +361,8 @@ class Self2Self:
                 self.recipe.fuse,
                 mean,
                 variance,
-                *seen,
+                y[0],
+                self.known[0],
                 self.recipe.noise,
                 self.forward_operator,
             )
@@ -360,11 +372,11 @@ class Self2Self:
         return scale.back(fused, self.observed_dtype), self._typed(error)
 
     def mean_loss(self):
-        """Mean loss of the steps since `reset_mean_loss`. Reads the device."""
+        """Return the mean loss of the steps since `reset_mean_loss`. Reads the device."""
         return self.loss_sum.item() / max(1, self.loss_steps)
 
     def reset_mean_loss(self):
-        """Let `mean_loss` begin anew with the next step."""
+        """Forget the losses so far: `mean_loss` covers the steps from now on."""
         self.loss_sum.zero_()
         self.loss_steps = 0
 
@@ -372,8 +384,8 @@ class Self2Self:
         """Predict from n Bernoulli samples of y, or of a part of it.
 
         Args:
-            masks: where masks and dropout come from.
-            y, known: (1, C, h, w); known may have one channel for all.
+            masks: the BernoulliMasks that draw flips, masks and dropout.
+            y, known: (1, C, h, w), or n of them; known may have one channel for all.
 
         Returns:
             Predictions f and masks m, both (n, C, h, w), in y's orientation.
@@ -381,19 +393,19 @@ class Self2Self:
         y = y.expand(n, -1, -1, -1)
         flips = masks((n, 2, 1, 1), 0.5)
         mask = masks(y.shape, self.recipe.drop_rate).float() * known
-        seen = flip(mask, flips)
-        x = flip(y, flips) * seen
+        flipped_mask = flip(mask, flips)
+        x = flip(y, flips) * flipped_mask
         if isinstance(self.network, FastPunet):
             x = x.to(getattr(torch, self.recipe.precision))
-        prediction = self.network(x, seen, masks)
+        prediction = self.network(x, flipped_mask, masks)
         return flip(prediction, flips), mask
 
     def draw_photons(self, y):
-        """Draw an observation (N, C, H, W) anew, as photon counts: Poisson(n y) / n.
+        """Replace an observation (N, C, H, W) by random photon counts: Poisson(n y) / n.
 
-        It breaks up noise that neighbours share, as TensorFlow's mode for real noise does.
-        Where y is below black, the counts are of the distance to it. Without `photons` in
-        the recipe y comes back as it is.
+        The counts break up noise that neighbours share, as in TensorFlow's mode for real
+        noise. For y below black, the distance to black is counted. If the recipe has no
+        `photons`, y is returned unchanged.
         """
         if not self.recipe.photons:
             return y
@@ -404,8 +416,8 @@ class Self2Self:
     def _train(self):
         recipe, window = self.recipe, self.window.place()
         y, known = (x[:, :, *window] for x in (self.y, self.known))
-        seen = self.draw_photons(y.expand(recipe.bs, -1, -1, -1))
-        prediction, mask = self._sample(self.masks, seen, known, recipe.bs)
+        counts = self.draw_photons(y.expand(recipe.bs, -1, -1, -1))
+        prediction, mask = self._sample(self.masks, counts, known, recipe.bs)
         judged = (known - mask if recipe.drop_rate else known) * self.window.inner
         judged = judged.expand_as(prediction)
         degraded = self.forward_operator(prediction)
@@ -425,7 +437,7 @@ class Self2Self:
             self.ensemble.add(prediction, self.prediction_weight, window)
 
     def _capture(self):
-        """Capture the whole step in one CUDA graph; the warm-up leaves no trace."""
+        """Capture a whole step in one CUDA graph, and restore the state before its warm-up."""
         before = copy.deepcopy(self.state_dict())
         stream = capture_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -438,4 +450,4 @@ class Self2Self:
         with torch.cuda.graph(graph, stream=stream):
             self._train()
         self.load_state_dict(before)
-        self.graph = graph  # now that there is one to replay
+        self.graph = graph  # last: train_step replays it

@@ -1,4 +1,4 @@
-"""Which entries of an observed picture cannot be the picture's: they become holes."""
+"""Finds the entries of an observed picture that cannot belong to it: they become unknown."""
 
 import math
 import warnings
@@ -6,53 +6,53 @@ import warnings
 import numpy as np
 from scipy import ndimage
 
-# A gap: SHARED entries have its value, WIDE ranges beyond all others, TAIL of these at
-# either end aside; BELOW ranges where it is negative, and so no black.
-WIDE, BELOW, SHARED, TAIL = 12, 2, 4, 0.001
-# An outlier is farther from its neighbours than ALONE times what they span (noise: 1 in
-# 10^5; a star of two pixels reaches 2), and FAR times the median of local extremes, which
-# is their COMMON quantile in noise (clean photographs: 2 in 10^5).
-ALONE, FAR, COMMON = 3, 16, 0.89
-# Where hardly any entry is a local extreme, HALF of the range is far. A share FREE of
-# entries without clipped neighbours is enough to tell what neighbours span.
-HALF, FREE = 0.5, 0.05
-# Salt or pepper: a share IMPULSES of an end's entries are outliers, at least MANY; up to
-# CROWDED such neighbours; off the median of NEAR x NEAR pixels, as SAMPLE entries tell.
-IMPULSES, MANY, CROWDED, NEAR, SAMPLE = 0.03, 8, 3, 5, 2**16
-RING = np.arange(9).reshape(3, 3) != 4
+# A gap's value is shared by MIN_SHARED entries. It lies MIN_GAP ranges beyond all others
+# (their range without TAIL at either end), or MIN_GAP_BELOW if it alone is negative.
+MIN_SHARED, MIN_GAP, MIN_GAP_BELOW, TAIL = 4, 12, 2, 0.001
+# An outlier exceeds its eight neighbours by OVER_SPAN times their span (in noise 1 entry in
+# 10^5 does; a star of two pixels reaches 2) and by OVER_MEDIAN times the median excess of
+# local extremes (clean photographs: 2 in 10^5). In noise that median is the MEDIAN_EXCESS
+# quantile of all entries. If hardly any entry is an extreme, ENOUGH of the range is enough.
+OVER_SPAN, OVER_MEDIAN, MEDIAN_EXCESS, ENOUGH = 3, 16, 0.89, 0.5
+MIN_FREE = 0.05  # share of entries without clipped neighbours that tell the usual span
+# The largest value is salt (the least pepper) if outliers are IMPULSE_SHARE of its entries
+# with up to MAX_CROWD such neighbours, and MIN_IMPULSES at least. Then all of these entries
+# are, unless they fit a median of MEDIAN_SIDE x MEDIAN_SIDE pixels as MAX_SAMPLE others do.
+IMPULSE_SHARE, MIN_IMPULSES, MAX_CROWD, MEDIAN_SIDE, MAX_SAMPLE = 0.03, 8, 3, 5, 2**16
+NEIGHBOURS = np.arange(9).reshape(3, 3) != 4
 
 
 def find_unknown(y, known, guess=True):
     """Find gaps and outliers, both (C, H, W), bool.
 
-    Gaps were never measured: NaN, infinite numbers, and values shared by many entries far
-    beyond all others. Outliers are single wrong numbers, far beyond noise and texture:
+    Gaps hold no measurement: NaN, infinite numbers, and values far beyond all others that
+    many entries share. Outliers are single wrong numbers, far beyond noise and texture:
     hot and dead pixels, salt and pepper. Stars, lines and text are neither.
 
     Args:
         y: the picture, (C, H, W), in any units.
         known: where an entry is known, (C, H, W) or (1, H, W), bool.
-        guess: whether to look for more than NaN and infinite numbers.
+        guess: False: only NaN and infinite numbers are found.
     """
     gaps = ~np.isfinite(y)
     outliers = np.zeros_like(gaps)
     for plane, use, gap, outlier in zip(y, known & ~gaps, gaps, outliers):
         if guess:
-            wide = _far_values(plane, use)
-            outlier |= wide & ~ndimage.binary_dilation(wide, RING)
-            outlier |= _outliers(plane, use & ~wide)
-            gap |= wide & ~outlier
+            far = _far_values(plane, use)
+            outlier |= far & ~ndimage.binary_dilation(far, NEIGHBOURS)
+            outlier |= _outliers(plane, use & ~far)
+            gap |= far & ~outlier
     return gaps, outliers
 
 
 def _far_values(plane, use):
-    """Tell which entries (H, W) have a gap's value."""
+    """Return which of the entries (H, W) in use have the value of a gap."""
     values = plane[use].astype(float)
     for end in (values.min(), values.max()) if values.size else ():
         rest = values[values != end]
-        if rest.size and values.size - rest.size >= SHARED:
+        if rest.size and values.size - rest.size >= MIN_SHARED:
             low, high = np.quantile(rest, (TAIL, 1 - TAIL))
-            wide = (BELOW if end < 0 <= low else WIDE) * (high - low)
+            wide = (MIN_GAP_BELOW if end < 0 <= low else MIN_GAP) * (high - low)
             if max(low - end, end - high) > wide > 0:
                 found = use & (plane == end)
                 return found | _far_values(plane, use & ~found)
@@ -60,45 +60,41 @@ def _far_values(plane, use):
 
 
 def _outliers(plane, use):
-    """Tell which entries (H, W) are outliers of those in use."""
-    kind = {"footprint": RING, "mode": "mirror"}
+    """Return which of the entries (H, W) in use are outliers."""
+    kind = {"footprint": NEIGHBOURS, "mode": "mirror"}
     low = ndimage.minimum_filter(np.where(use, plane, np.inf), **kind)
     high = ndimage.maximum_filter(np.where(use, plane, -np.inf), **kind)
-    use = use & (low <= high)  # there are neighbours
+    use = use & (low <= high)  # a neighbour is in use
     plane, low, high = (np.where(use, x, 0) for x in (plane, low, high))
     excess, span = np.maximum(plane - high, low - plane).clip(0), high - low
     if not excess.any():
         return np.zeros_like(use)
     least, most = plane[use].min(), plane[use].max()
-    # Clipped neighbours do not show their noise.
-    free = use & (low > least) & (high < most)
-    usual = span[free] if free.mean() > FREE else span[use & (span > 0)]
+    free = use & (low > least) & (high < most)  # clipping hides the neighbours' noise
+    usual = span[free] if free.mean() > MIN_FREE else span[use & (span > 0)]
     span = np.where(free, span, np.maximum(span, np.median(usual) if usual.size else 0))
     first, last = np.quantile(plane[use], (TAIL, 1 - TAIL))
-    far = min(FAR * np.median(excess[excess > 0]), HALF * (last - first))
-    far = max(far, FAR * np.quantile(excess[use], COMMON))
-    found = use & (excess > ALONE * span) & (excess > far)
+    far = min(OVER_MEDIAN * np.median(excess[excess > 0]), ENOUGH * (last - first))
+    far = max(far, OVER_MEDIAN * np.quantile(excess[use], MEDIAN_EXCESS))
+    found = use & (excess > OVER_SPAN * span) & (excess > far)
     pepper, salt = (_impulses(plane, use, found, end) for end in (least, most))
     return found | pepper | salt
 
 
 def _impulses(plane, use, found, end):
-    """Tell which entries of the value `end` are salt or pepper, where there is any."""
+    """Return which entries of the value `end` are salt or pepper, given the outliers found."""
     at_end = use & (plane == end)
-    crowd = ndimage.convolve(at_end.astype(np.uint8), RING.astype(np.uint8))
-    suspects = at_end & (crowd <= CROWDED)
-    if (found & suspects).sum() < max(MANY, IMPULSES * suspects.sum()):
+    crowd = ndimage.convolve(at_end.astype(np.uint8), NEIGHBOURS.astype(np.uint8))
+    suspects = at_end & (crowd <= MAX_CROWD)
+    if (found & suspects).sum() < max(MIN_IMPULSES, IMPULSE_SHARE * suspects.sum()):
         return np.zeros_like(use)
     near = np.where(at_end | ~use, np.nan, plane)
-    near = np.pad(near, NEAR // 2, constant_values=np.nan)
-    near = np.lib.stride_tricks.sliding_window_view(near, (NEAR, NEAR))
-    every, some = math.ceil(math.sqrt(plane.size / SAMPLE)), np.zeros_like(use)
+    near = np.pad(near, MEDIAN_SIDE // 2, constant_values=np.nan)
+    near = np.lib.stride_tricks.sliding_window_view(near, (MEDIAN_SIDE, MEDIAN_SIDE))
+    every, some = math.ceil(math.sqrt(plane.size / MAX_SAMPLE)), np.zeros_like(use)
     some[::every, ::every] = (use & ~at_end)[::every, ::every]
-
-    def off(at):
-        return np.abs(plane[at] - np.nanmedian(near[at], (1, 2)))
-
-    with warnings.catch_warnings(action="ignore"):  # where nothing near is known
-        usual = 1.4826 * np.nanmedian(off(some))
-        suspects[suspects] = ~(off(suspects) <= 3 * usual)
+    either = suspects | some
+    with warnings.catch_warnings(action="ignore"):  # no pixel of a median may be known
+        off = np.abs(plane[either] - np.nanmedian(near[either], (1, 2)))
+        suspects[either] &= ~(off <= 3 * (1.4826 * np.nanmedian(off[some[either]])))
     return suspects

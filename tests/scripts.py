@@ -2,17 +2,21 @@
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 
 import deblur
 import denoise
+import utils
+from network import recipes
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"denoise": denoise, "deblur": deblur}
 RNG = np.random.default_rng(0)
 QUICK = "--iteration 4 --test_frequency 2 --num_prediction 2 --device cpu"
+WHOLE = np.linspace(0, 1, 64 * 64).reshape(1, 64, 64)
 
 
 def write(path, channels=1, side=32, dtype=np.uint8):
@@ -45,3 +49,27 @@ def without_seconds(made):
             lines = made[name].splitlines()
             made[name] = [line.rpartition(b",")[0] for line in lines]
     return made
+
+
+def parse(flags, task="denoise"):
+    """Read a command line; return the options' values."""
+    script = SCRIPTS[task]
+    words = [*shlex.split(flags), "--device", "cpu"]
+    return utils.parse_arguments("", script.DEFAULTS, recipes.RECIPES, words)
+
+
+def chosen(flags, task="denoise", y=None, eight_bits=True):
+    """Return the recipe and noise that a script chooses for an observation."""
+    args = parse(flags, task)
+    y = WHOLE if y is None else y
+    hidden = args.mask or args.missing
+    known = np.ones((1, *y.shape[1:])) * (np.arange(y.shape[2]) % 2 if hidden else 1)
+    result = SimpleNamespace(known=known, eight_bits=eight_bits, place=slice(None))
+    clipped = [None] if task == "deblur" else []
+    return SCRIPTS[task].choose(args, y, result, *clipped)
+
+
+def results_folder():
+    """Return the only folder of results that deblurring in/a.png has made."""
+    (found,) = Path("images/in/a.png/deblur").iterdir()
+    return found

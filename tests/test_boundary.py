@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.signal import convolve2d
-from scripts import run, write
+from scripts import results_folder, run, write
 from tensors import random_image
 
 import network
@@ -25,12 +25,6 @@ def random_psf(shape):
 
 def read(path):
     return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-
-
-def results():
-    """The only folder of results."""
-    (found,) = Path("images/in/a.png/deblur").iterdir()
-    return found
 
 
 def place(blur, size):
@@ -63,12 +57,12 @@ def test_a_simulated_border_is_valid_and_results_lie_in_ys_place(shape, monkeypa
     monkeypatch.setattr(network.Self2Self, "predict", predict)
     flags = "--path in/a.png --kernel psf.npy --boundary valid --sigma 0 --iteration 1"
     assert run("deblur", flags) == 0
-    assert "_boundary-valid_" in results().name + "_"
+    assert "_boundary-valid_" in results_folder().name + "_"
     inner = place(CircularBlur(psf), (48, 48))
-    np.testing.assert_array_equal(read(results() / "restored.png"), clean[inner])
+    np.testing.assert_array_equal(read(results_folder() / "restored.png"), clean[inner])
     expected = [convolve2d(c, psf, mode="valid") for c in clean.transpose(2, 0, 1)]
     for name in ("blurred.png", "noisy.png"):
-        made = read(results() / name).astype(float)
+        made = read(results_folder() / name).astype(float)
         assert np.abs(made - np.dstack(expected)).max() < 0.51
     (learner,) = learners
     known = learner.known[0, 0].numpy()
@@ -92,11 +86,13 @@ def test_an_observed_picture_gets_a_margin_that_is_cut_again(shape, monkeypatch)
         )
         == 0
     )
-    assert "boundary" not in results().name
+    assert "boundary" not in results_folder().name
     inner = place(CircularBlur(psf), size)
     expected = np.rint(255 * canvas[0][inner])
-    np.testing.assert_array_equal(read(results() / "restored.png"), expected)
-    np.testing.assert_array_equal(read(results() / "noisy.png"), read("in/a.png"))
+    np.testing.assert_array_equal(read(results_folder() / "restored.png"), expected)
+    np.testing.assert_array_equal(
+        read(results_folder() / "noisy.png"), read("in/a.png")
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,9 +139,9 @@ def test_a_resumed_run_keeps_its_margin():
     write("in/a.png", side=40)
     flags = "--path in/a.png --observed --kernel_size 6 --recipe paper"
     assert run("deblur", flags) == 0
-    whole = {f.name: f.read_bytes() for f in results().glob("*.png")}
-    results().rename("before")
+    whole = {f.name: f.read_bytes() for f in results_folder().glob("*.png")}
+    results_folder().rename("before")
     assert run("deblur", f"{flags} --iteration 2") == 0
     assert run("deblur", f"{flags} --resume") == 0
     for name in ("restored.png", "noisy.png", "uncertainty.png"):
-        assert (results() / name).read_bytes() == whole[name]
+        assert (results_folder() / name).read_bytes() == whole[name]

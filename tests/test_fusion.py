@@ -82,9 +82,9 @@ def fused(f, y, sigma, error, operator=identity):
 
 @pytest.mark.parametrize("error", [0.02, 0.05, 0.1])
 def test_frequencies_of_white_errors_give_the_inverse_variance_mean(error, monkeypatch):
-    monkeypatch.setattr(noisy, "SECOND", 0)
+    monkeypatch.setattr(noisy, "SECOND_SHARE", 0)
     monkeypatch.setattr(noisy, "filter_slabs", without_pass)
-    monkeypatch.setattr(noisy, "GAIN", 0)
+    monkeypatch.setattr(noisy, "REMOVED", 0)
     noise = 0.05
     clean, f, y = observed(error, noise)
     best = error**2 / (error**2 + noise**2)
@@ -105,7 +105,7 @@ def test_fusing_without_noise_gives_y_and_with_much_the_ensemble(channels):
 @pytest.mark.parametrize("operator", [identity, CircularBlur(gaussian_psf(15, 1.0))])
 def test_fusing_does_not_believe_a_level_far_too_low(operator, monkeypatch):
     """White textures have no similar patches: frequencies alone."""
-    monkeypatch.setattr(noisy, "SECOND", 0)
+    monkeypatch.setattr(noisy, "SECOND_SHARE", 0)
     monkeypatch.setattr(noisy, "filter_slabs", without_pass)
     monkeypatch.setattr(noisy, "refine", without_rounds)
     clean, f, _ = observed(0.03, 0)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import skimage.data
 from PIL import Image
+from references import photograph
 from scipy import ndimage, stats
+from scripts import chosen
 from tensors import identity, train
-from test_options import chosen
 
 from network import Self2Self, recipes
 from network.jpeg import LUMINANCE, _find_steps, _fit_sigma, _spectra, find_grid
@@ -16,13 +17,6 @@ from network.noise import MIN_DARKEST, bound_slope, find_noise, white
 from network.scale import Scale, destabilise, find_scale, stabilise
 
 ALL = np.ones((1, 1, 1))
-
-
-def photograph(channels=1, side=256):
-    """A photograph from 0.1 to 0.9, (C, side, side), without noise of its own."""
-    pixels = skimage.data.astronaut() if channels == 3 else skimage.data.camera()
-    pixels = np.atleast_3d(pixels)[:side, 128 : 128 + side] / 255
-    return 0.1 + 0.8 * ndimage.gaussian_filter(pixels, (0.7, 0.7, 0)).transpose(2, 0, 1)
 
 
 def noise(shape, sigma, blur=0.0):

@@ -5,12 +5,11 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, SCRIPTS
+from scripts import ROOT, SCRIPTS, WHOLE, chosen, parse
 
 import deblur
 import denoise
@@ -18,15 +17,6 @@ import utils
 from network import recipes
 from network.noise import white
 from network.scale import find_scale
-
-WHOLE = np.linspace(0, 1, 64 * 64).reshape(1, 64, 64)
-
-
-def parse(flags, task="denoise"):
-    """Read a command line; return the options' values."""
-    script = SCRIPTS[task]
-    words = [*shlex.split(flags), "--device", "cpu"]
-    return utils.parse_arguments("", script.DEFAULTS, recipes.RECIPES, words)
 
 
 @pytest.mark.parametrize("script", ["denoise.py", "deblur.py"])
@@ -36,17 +26,6 @@ def test_help_waits_for_neither_pytorch_nor_matplotlib(script):
     words = [sys.executable, "-c", command, script, "--help"]
     made = subprocess.run(words, capture_output=True, check=True, text=True, cwd=ROOT)
     assert "--num_prediction" in made.stdout
-
-
-def chosen(flags, task="denoise", y=None, eight_bits=True):
-    """Return the recipe and noise that a script chooses for an observation."""
-    args = parse(flags, task)
-    y = WHOLE if y is None else y
-    hidden = args.mask or args.missing
-    known = np.ones((1, *y.shape[1:])) * (np.arange(y.shape[2]) % 2 if hidden else 1)
-    result = SimpleNamespace(known=known, eight_bits=eight_bits, place=slice(None))
-    clipped = [None] if task == "deblur" else []
-    return SCRIPTS[task].choose(args, y, result, *clipped)
 
 
 @pytest.mark.parametrize("task", SCRIPTS)

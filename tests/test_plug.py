@@ -35,7 +35,7 @@ def test_a_round_inverts_the_blur_as_a_dense_solve_does(known, planes, monkeypat
 
     monkeypatch.setattr(plug, "filter_slabs", keep)
     monkeypatch.setattr(plug, "ROUNDS", 1)
-    monkeypatch.setattr(plug, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(plug, "MIN_ROUNDS", 1)
     start, y = random_image(planes, *SIZE, seed=1), random_image(planes, *SIZE)
     seen = torch.ones(1, *SIZE)
     if known == "some":
@@ -49,7 +49,7 @@ def test_a_round_inverts_the_blur_as_a_dense_solve_does(known, planes, monkeypat
         target = torch.where(
             seen.flatten() > 0, y[plane].flatten().double(), matrix @ z
         )
-        ratio = noise / (plug.FIRST**2 * errors[plane].item())
+        ratio = noise / (plug.FIRST_DEVIATION**2 * errors[plane].item())
         system = matrix.T @ matrix + ratio * torch.eye(len(z))
         expected = torch.linalg.solve(system, matrix.T @ target + ratio * z)
         np.testing.assert_allclose(inverted[plane].flatten(), expected, atol=1e-5)
@@ -69,7 +69,7 @@ def test_large_pictures_have_fewer_rounds(monkeypatch):
     monkeypatch.setattr(plug, "filter_slabs", count)
     z = random_image(1, *SIZE)
     for entries, expected in ((72 * 20, plug.ROUNDS), (72 * 5, 5), (1, 3)):
-        monkeypatch.setattr(plug, "ENTRIES", entries)
+        monkeypatch.setattr(plug, "MAX_ENTRIES", entries)
         rounds.clear()
         plug.refine(z, torch.full((1, 1, 1), 1e-3), z, 1, 1e-4, transfer())
         assert len(rounds) == expected

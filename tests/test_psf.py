@@ -8,12 +8,10 @@ import pytest
 import scipy.io
 import skimage.data
 import tifffile
+from references import photograph
 from scipy.optimize import nnls
 from scipy.signal import convolve2d
-from scripts import run
-from test_boundary import results
-from test_noise import photograph
-from test_options import chosen
+from scripts import chosen, results_folder, run
 
 import utils
 from network import psf as estimation
@@ -149,15 +147,15 @@ def test_the_script_estimates_writes_and_resumes(capsys, monkeypatch):
     assert run("deblur", flags) == 0
     out = capsys.readouterr().out
     assert "--kernel_size 12: 13" in out and "kernel.png shows it" in out
-    assert "estimate13" in results().name
-    psf = scipy.io.loadmat(results() / "kernel.mat")["kernel"]
+    assert "estimate13" in results_folder().name
+    psf = scipy.io.loadmat(results_folder() / "kernel.mat")["kernel"]
     assert psf.shape == (13, 13) and psf.sum() == pytest.approx(1)
-    assert cv2.imread(str(results() / "kernel.png")) is not None
-    restored = (results() / "restored.png").read_bytes()
+    assert cv2.imread(str(results_folder() / "kernel.png")) is not None
+    restored = (results_folder() / "restored.png").read_bytes()
     with monkeypatch.context() as patch:  # what is found is not looked for again
         patch.setattr("deblur.estimate_psf", None)
         assert run("deblur", f"{flags} --resume") == 0
-    assert (results() / "restored.png").read_bytes() == restored
+    assert (results_folder() / "restored.png").read_bytes() == restored
     cv2.imwrite("in/a.png", pixels[::-1])
     assert run("deblur", f"{flags} --resume") == 2  # of another picture it is
     assert "another image" in capsys.readouterr().err

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from references import by_groups, decibels, naive_filter, saved
 from skimage import data
 from tensors import random_image, seeded
-from test_similar import by_groups, decibels, naive_filter, saved
 
 from network.fusing import noisy as fusing_noisy
 from network.fusing import second, similar
@@ -30,20 +30,20 @@ def naive_estimate(y, noise, rounds):
         t = np.linalg.inv(gram + n * a**2 * noise * i) @ (gram - n * noise * i)
         return t @ z, np.maximum((t**2).sum(1), 1 / k), np.zeros(k)
 
-    x, _ = by_groups(y, y, *second.FIRST, first_step)
+    x, _ = by_groups(y, y, *second.FIRST_GROUP, first_step)
     for m in range(1, rounds + 1):
-        t = second.KEPT * (1 - (m - 1) / rounds) if m > 1 else 1
-        level = noise * (t**2 + second.DOUBT * (1 - t))
-        white = np.full((len(y), y.shape[1] // 2 + 1), level)
+        t = second.GIVEN_BACK * (1 - (m - 1) / rounds) if m > 1 else 1
+        variance = noise * (t**2 + second.DOUBT * (1 - t))
+        white = np.full((len(y), y.shape[1] // 2 + 1), variance)
         group = second.GROUPS[(m - 1) % 2]
-        x, _ = naive_filter(x, x + t * (y - x), white, *group, gain=1)
+        x, _ = naive_filter(x, x + t * (y - x), white, *group, boost=1)
     return x
 
 
 def test_second_estimate_is_its_equations(monkeypatch):
     for module in (second, similar):  # rounding decides which patches are nearest
         monkeypatch.setattr(module, "ROUNDING", 0)
-    monkeypatch.setattr(second, "FIRST", (5, 8))
+    monkeypatch.setattr(second, "FIRST_GROUP", (5, 8))
     monkeypatch.setattr(second, "GROUPS", ((4, 9), (3, 7)))
     _, y = noisy(1, 32, 35)
     y = y.double()
@@ -62,7 +62,7 @@ def test_few_groups_are_in_memory_at_a_time(monkeypatch):
     """However large the picture; how many makes no difference to the result."""
     _, y = noisy(1, 90, 40)
     whole = second_estimate(y, 0.01, 1)
-    monkeypatch.setattr(similar, "TILES", 2)
+    monkeypatch.setattr(similar, "MAX_TILES", 2)
     most, find = [], similar._most_similar
 
     def counted(guide, references, candidates, *others):
@@ -78,7 +78,7 @@ def test_few_groups_are_in_memory_at_a_time(monkeypatch):
 def test_a_large_picture_has_fewer_rounds(monkeypatch):
     _, y = noisy(1, 40, 40)
     for pixels, rounds in ((1600, 4), (800, 2), (10, 1)):
-        monkeypatch.setattr(second, "FULL", pixels)
+        monkeypatch.setattr(second, "FULL_ROUNDS", pixels)
         made, expected = (second_estimate(y, 0.01, m) for m in (None, rounds))
         torch.testing.assert_close(made, expected, atol=0, rtol=0)
 
@@ -96,7 +96,7 @@ def test_rounds_bring_more_than_the_first_step():
 def test_a_networks_result_gains_by_it_unless_blurred(monkeypatch):
     clean, known = saved("denoise")
     result, _ = fusing_noisy.fuse_noisy(*known)
-    monkeypatch.setattr(fusing_noisy, "SECOND", 0)
+    monkeypatch.setattr(fusing_noisy, "SECOND_SHARE", 0)
     assert (
         decibels(result, clean)
         > decibels(fusing_noisy.fuse_noisy(*known)[0], clean) + 0.1
@@ -116,5 +116,5 @@ def test_checks_stay_with_hardly_any_noise():
     """Gram matrices of few large eigenvalues, near to singular."""
     rows = torch.arange(64) // 3
     checks = ((rows + rows[:, None]) % 2).float()[None]
-    result = second_estimate(checks, (fusing_noisy.LEAST_SIGMA / 255) ** 2)
+    result = second_estimate(checks, (fusing_noisy.MIN_PASS_SIGMA / 255) ** 2)
     torch.testing.assert_close(result, checks, atol=1e-2, rtol=0)

@@ -1,92 +1,14 @@
 """The second pass over similar patches against its definition, and what it may never do."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from skimage import data
+from references import decibels, naive_filter, saved
 from tensors import identity, random_image, seeded, without_pass, without_rounds
 
-from network.blur import CircularBlur, gaussian_psf
 from network.fusing import noisy, similar
 from network.fusing.similar import filter_groups
 from utils import gaussian_noise
-
-
-def naive_filter(pilot, y, noise, patch, size, gain):
-    """Reference by reference, with T and W as the matrices of their definitions.
-
-    The noise is by frequency, (H, W // 2 + 1).
-    """
-    shared = np.fft.irfft2(noise, y.shape)
-    pixels = [(a, b) for a in range(patch) for b in range(patch)]
-    covariance = np.array(
-        [[shared[a - c, b - d] for c, d in pixels] for a, b in pixels]
-    )
-    level, n = np.sqrt((noise**2).mean()), patch**2
-
-    def two_filters(x, z):
-        k = len(x)
-        centred = x - x.mean()
-        energy = similar.VISIBLE * (centred**2).mean()
-        strength = gain ** (energy / (energy + level))
-        gram = strength * centred @ centred.T
-        t = np.linalg.solve(gram + n * level * np.eye(k), gram)
-        ridge = z.mean() + t @ (z - z.mean())
-        lost = ((centred - t @ centred) ** 2).mean(1)
-        left = np.maximum((t**2).sum(1), 1 / k)
-        centred = x - x.mean(0)
-        gram = strength * centred.T @ centred
-        w = np.linalg.solve(gram + k * covariance, gram)
-        wiener = z.mean(0) + (z - z.mean(0)) @ w
-        lost = (lost + ((centred - centred @ w) ** 2).mean(1)) / 2
-        left = (left + np.trace(w.T @ covariance @ w) / n / level + 1 / k) / 2
-        return (ridge + wiener) / 2, left, level * left / 2 + lost
-
-    return by_groups(pilot, y, patch, size, two_filters)
-
-
-def by_groups(pilot, y, patch, size, estimate):
-    """Estimate a plane and its risk group by group; see similar.filter_once.
-
-    Of a group's patches x of the pilot and z of y, (k, n), `estimate` returns estimates
-    (k, n), and for each of them the noise left in it and its risk.
-    """
-    height, width = y.shape
-    stride = patch // 2 + 1
-    count = similar.TILE // stride
-    total, risk, weights = np.zeros((3, *y.shape))
-
-    def axis(length):
-        """Each reference's place along an axis, and the first and last it looks at."""
-        last = length - patch
-        places = [min(i * stride, last) for i in range(-(-last // stride) + 1)]
-        places += [last] * (-len(places) % count)
-        span = min((count - 1) * stride + 2 * similar.REACH, last)
-        for i, place in enumerate(places):
-            tile = places[i - i % count]
-            first = min(max(tile - similar.REACH, 0), last - span)
-            yield place, range(first, first + span + 1)
-
-    def at(image, i, j):
-        return image[i : i + patch, j : j + patch].ravel()
-
-    for i, rows in axis(height):
-        for j, columns in axis(width):
-            corners = [(a, b) for a in rows for b in columns]
-            ours = at(pilot, i, j)
-            corners.sort(key=lambda c: ((at(pilot, *c) - ours) ** 2).sum())
-            corners = corners[:size]
-            assert corners[0] == (i, j)
-            x, z = (np.stack([at(image, *c) for c in corners]) for image in (pilot, y))
-            for (a, b), *values in zip(corners, *estimate(x, z)):
-                estimated, kept, risked = values
-                place = slice(a, a + patch), slice(b, b + patch)
-                total[place] += estimated.reshape(patch, patch) / kept
-                risk[place] += risked / kept
-                weights[place] += 1 / kept
-    return total / weights, risk / weights
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 33, 61)])
@@ -111,7 +33,7 @@ def test_pass_is_its_definition(shape, times, monkeypatch):
     if len(pilot) == 3:
         pair, _ = filter_groups(pilot[[0, 2]], y[[0, 2]], noise[:2])
         torch.testing.assert_close(made[[0, 2]], pair)
-    monkeypatch.setattr(similar, "TILES", 1)
+    monkeypatch.setattr(similar, "MAX_TILES", 1)
     torch.testing.assert_close(list(filter_groups(pilot, y, noise)), [made, risk])
 
 
@@ -122,7 +44,7 @@ def test_slabs_leave_no_trace(monkeypatch):
     known = f, np.full_like(y, 0.001), y, np.ones(1), 25, identity
     made = {}
     for count in (1, 10**6):
-        monkeypatch.setattr(similar, "TILES", count)
+        monkeypatch.setattr(similar, "MAX_TILES", count)
         slabs = list(similar.filter_slabs(*map(torch.from_numpy, (f, y)), 0.01))
         assert len(slabs) == 1 or count == 1
         made[count] = *noisy.fuse_noisy(*known), *(torch.cat(x, 1) for x in zip(*slabs))
@@ -157,7 +79,7 @@ def test_black_and_white_checks_stay_with_hardly_any_noise(gap):
     """Gram matrices of few large eigenvalues, near to singular."""
     rows = torch.arange(64) // gap
     checks = ((rows + rows[:, None]) % 2).float()[None]
-    result, _ = filter_groups(checks, checks, (noisy.LEAST_SIGMA / 255) ** 2)
+    result, _ = filter_groups(checks, checks, (noisy.MIN_PASS_SIGMA / 255) ** 2)
     torch.testing.assert_close(result, checks, atol=1e-2, rtol=0)
 
 
@@ -171,26 +93,9 @@ def test_pass_finds_a_detail_that_the_pilot_has_only_faintly():
     assert (result - clean).square().mean() < 0.05 * (pilot - clean).square().mean()
 
 
-def saved(task):
-    """A clean crop of camera, its observation, and what `fast` made of it in 500 steps."""
-    arrays = np.load(Path(__file__).parent / "fixtures/ensembles.npz")
-    f, deviation = (arrays[f"{task}_{x}"] for x in ("ensemble", "deviation"))
-    clean = data.camera()[None, 100:196, 200:296].astype(np.float32) / 255
-    blur = CircularBlur(gaussian_psf(15, 1.0))
-    operator, sigma = {"denoise": (identity, 25), "deblur": (blur, 10)}[task]
-    y = operator(torch.from_numpy(clean)[None])[0].numpy()
-    y = y + gaussian_noise(clean.shape, sigma, 0)
-    variance = deviation.astype(np.float32) ** 2
-    return clean, (f.astype(np.float32), variance, y, np.ones(1), sigma, operator)
-
-
-def decibels(image, clean):
-    return -10 * np.log10(((image - clean) ** 2).mean())
-
-
 @pytest.mark.parametrize("task", ["denoise", "deblur"])
 def test_a_networks_result_gains_by_the_pass(task, monkeypatch):
-    monkeypatch.setattr(noisy, "SECOND", 0)
+    monkeypatch.setattr(noisy, "SECOND_SHARE", 0)
     clean, known = saved(task)
     result, predicted = noisy.fuse_noisy(*known)
     monkeypatch.setattr(noisy, "filter_slabs", without_pass)

@@ -1,13 +1,13 @@
-"""Fusing the ensemble with the observation, which still shows what the network missed."""
+"""Fusing the ensemble with the observation, which still shows detail that the network lost."""
 
 
 def fuse(what, ensemble, variance, observation, known, sigma, forward_operator):
     """Fuse the ensemble's mean with the observation.
 
     Args:
-        what: noise, an observation with white noise: see noisy.fuse_noisy; or holes, one
-            without noise of which entries are unknown: see missing.fill_holes. They
-            explain the other arguments.
+        what: "noise" for an observation with white noise, see noisy.fuse_noisy; "holes"
+            for one without noise that has unknown entries, see missing.fill_holes. These
+            two explain the other arguments.
 
     Returns:
         The fused restoration and its predicted squared error, (C, H, W), float32.

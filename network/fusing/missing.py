@@ -1,4 +1,4 @@
-"""Fusing where entries are missing: from what is known nearby, and from similar patches."""
+"""Fusing the ensemble with an observation without noise, whose entries are partly missing."""
 
 import math
 
@@ -9,24 +9,25 @@ from network.fusing.noisy import SPREAD, opponent
 from network.fusing.similar import filter_groups
 
 ROUNDS = 8
-STEP = 0.64  # what is taken for the guess's squared error, from one round to the next
-BEYOND = 1.8  # how far a guess follows the filter, which moves it too little
-SHARPER = 0.3  # of the pilot, the share that is the picture filtered, not the result
+DECAY = 0.64  # factor of the guess's assumed squared error from one round to the next
+OVERSHOOT = 1.8  # the guess moves so many times as far as the filter moves it
+GUESS_SHARE = 0.3  # of the guess in the pilot; the rest is the last filter's result
 
 
 def fill_holes(ensemble, variance, observation, known):
     """Fuse the ensemble's mean with an observation without noise that has holes.
 
-    The residual is carried to the missing entries. Then, in every round, the known
-    entries are put back, and similar patches are filtered together, as if all entries
-    had the noise of a guess; it is less from round to round.
+    The first guess is the ensemble plus the residual, which `spread_residual` extends to
+    the missing entries. Each round filters the guess by its similar patches, as if every
+    entry had noise with the guess's squared error, and puts the known entries back. The
+    squared error is that of f at first and falls from round to round.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
         variance: of the predictions, by plane, of the same shape: see noisy.opponent.
-        observation: y, likewise.
-        known: 1 where an entry of y is known, else 0: (C, H, W), or (1, H, W), with which
-            colours are filtered as luminance and differences.
+        observation: y, of the same shape and scale.
+        known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W). With
+            (1, H, W) the planes are filtered, otherwise the channels.
 
     Returns:
         The fused restoration, and its squared error as predicted from the variance;
@@ -41,11 +42,11 @@ def fill_holes(ensemble, variance, observation, known):
     y, f = (torch.tensordot(planes, x, 1) for x in (y, f))
     residual = known * (y - f)
     missed = ((residual**2).mean() / known.mean()).item()
-    guess = result = f + spread(residual, known)
+    guess = result = f + spread_residual(residual, known)
     for k in range(ROUNDS):
-        pilot = result.lerp(guess, SHARPER)
-        result, _ = filter_groups(pilot, guess, missed * STEP**k, times=1)
-        guess = torch.where(known > 0, y, guess.lerp(result, BEYOND))
+        pilot = result.lerp(guess, GUESS_SHARE)
+        result, _ = filter_groups(pilot, guess, missed * DECAY**k, times=1)
+        guess = torch.where(known > 0, y, guess.lerp(result, OVERSHOOT))
     fused = torch.where(known > 0, y, result)
     error = SPREAD * variance * (1 - known)
     return (
@@ -54,14 +55,14 @@ def fill_holes(ensemble, variance, observation, known):
     )
 
 
-def spread(residual, known):
-    """Carry a residual to the entries that are not known: the mean of those nearby.
+def spread_residual(residual, known):
+    """Set the unknown entries of a residual to a Gaussian mean of the known ones nearby.
 
     Args:
         residual: (C, H, W).
-        known: 1 where it is known, else 0, (1, H, W) or of the residual's shape.
+        known: 1 where an entry is known, else 0: (C, H, W) or (1, H, W).
     """
-    width = 0.7 / known.mean().sqrt().item()  # pixels; a Gaussian's
+    width = 0.7 / known.mean().sqrt().item()  # standard deviation in pixels
     reach = math.ceil(3 * width)
     profile = torch.exp(-((torch.arange(-reach, reach + 1) / width) ** 2) / 2)
     down, across = (profile.to(residual).view(1, 1, *s) for s in ((-1, 1), (1, -1)))

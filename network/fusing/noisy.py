@@ -1,4 +1,4 @@
-"""Fusing the ensemble with the observation, which still shows what the network missed."""
+"""Fusing the ensemble with an observation that has white noise."""
 
 import torch
 from torch.nn import functional as F
@@ -8,36 +8,38 @@ from network.fusing.residual import wiener
 from network.fusing.second import second_estimate
 from network.fusing.similar import filter_slabs
 
-BINS = 8  # of the residual's spectrum, along either side
-QUIET_SHARE = 0.25  # share of its bins taken to hold hardly anything but noise
+BINS = 8  # parts of the residual's spectrum along each side
+QUIET_SHARE = 0.25  # of these parts; the quietest hold hardly more than noise
 
-# A frequency of which a blur has left less power than this is not regained, whatever the
-# noise: rounding would be multiplied.
-LEAST_POWER = 1e-4
-# Dividing by the blur's transfer function makes noise stronger: by no more than brings it
-# to this many times the ensemble's error.
-AMPLIFICATION = 12
+# Dividing by the blur's transfer function makes noise stronger: at most to this many times
+# the ensemble's error.
+MAX_AMPLIFICATION = 12
+# A frequency that a blur leaves with less power is never restored, because the division
+# would multiply rounding errors.
+MIN_POWER = 1e-4
 
-UNBLURRED = 0.999  # power that every frequency keeps where nothing is blurred
-# Noise, 0-255 scale, up to which there is no second pass; and under a blur.
-LEAST_SIGMA, LEAST_BLURRED = 0.5, 0.1
-AROUND = 25  # pixels a side, over which the residual's energy tells what f missed
+MIN_UNBLURRED = 0.999  # power that every frequency keeps if nothing is blurred
+# With less noise (0-255 scale) no second pass follows, and under a blur no plug and play.
+MIN_PASS_SIGMA, MIN_PLUG_SIGMA = 0.5, 0.1
+ENERGY_SIDE = 25  # pixels; the residual's energy in such a window tells the error of f
 
-# Measured on crops of House, Peppers and kodim01, sigma 10 to 50. With e the ensemble's
-# squared error, s^2 the noise's variance and q = s^2 / e:
-SPREAD = 2.2  # e = SPREAD * the predictions' variance
-CAUTION = 0.001  # energy taken for noise = s^2 * (1 + min(1, CAUTION * q^2))
-SECOND = 0.5  # share of the second estimate in its mean with the second pass's
-GAIN = 0.3  # of a share l of e that is left, the second pass leaves l * (1 - GAIN * (1 - l))
+# Measured on crops of House, Peppers and kodim01, sigma 10 to 50. e is the ensemble's
+# squared error, s^2 the noise's variance and q = s^2 / e.
+SPREAD = 2.2  # e = SPREAD * variance of the predictions
+CAUTION = 0.001  # energy that counts as noise = s^2 * (1 + min(1, CAUTION * q^2))
+SECOND_SHARE = 0.5  # of the second estimate in its mean with the second pass
+# If the first pass leaves the share l of e, the second leaves l * (1 - REMOVED * (1 - l)).
+REMOVED = 0.3
 
 
 def opponent(like):
     """Return the matrix that takes colours to luminance and two colour differences.
 
-    It is orthonormal: white noise stays white. Of a gray image it is the identity.
+    We call these three, or the one channel of a gray image, planes. The matrix is
+    orthonormal, so white noise stays white. For a gray image it is the identity.
 
     Args:
-        like: an image (C, H, W), of whose type and on whose device it is.
+        like: an image (C, H, W); the matrix has its type and its device.
     """
     matrix = torch.eye(len(like))
     if len(like) == 3:
@@ -46,36 +48,39 @@ def opponent(like):
 
 
 def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
-    """Give the ensemble's mean back what its residual holds besides noise.
+    """Add to the ensemble's mean what its residual holds besides noise.
 
-    All is done by plane: see `opponent`. The residual r = y - A(f) is noise, and the
-    error of f under A. In overlapping patches its energy in a frequency, averaged over a
-    window and the frequencies beside it, is E = s^2 + e, with s^2 the noise's and e the
-    error's, which so is known without a clean image; r e / E is the best linear estimate
-    of A(x - f), and divided by A's transfer function of x - f. For A = identity and flat
-    energies that is the inverse-variance mean of f and y; but a network errs in some
-    frequencies and places. The noise's energy varies: the less error there is to find,
-    by the predictions' variance, the more of E is taken for noise. Nor is a sigma
-    believed that is lower than what the quiet quarter of the residual's spectrum holds,
-    less the error.
+    Each plane is fused by itself: see `opponent`. The residual r = y - A(f) is the noise
+    plus A applied to the error of f.
 
-    A second pass over similar patches follows: see `similar.filter_slabs`. Its
-    observation is y, or under a blur f + r / A's transfer function, and with the result
-    in f's place once more. Where nothing is blurred, its mean with `second_estimate` is
-    taken, which knows y alone and so errs differently. Where the pass risks more than f
-    errs, f is kept: see `keep_safer`.
+    The first pass filters the residual in overlapping patches. E is the energy of a
+    frequency, averaged over a window of patches and over neighbouring frequencies. E is
+    the sum of the noise's energy s^2 and the error's energy e. So e is known without a
+    clean image, and r e / E is the best linear estimate of A(x - f). Divided by A's
+    transfer function it is an estimate of x - f. If A is the identity and all energies are
+    equal, the result is the inverse-variance mean of f and y; the gain beyond that mean
+    comes from frequencies and places in which the network errs more than elsewhere.
+
+    Two rules make the first pass careful. The smaller the predictions' variance, the more
+    of E counts as noise. And sigma is raised to what the quietest quarter of the
+    residual's spectrum holds, less the error.
+
+    Without a blur a second pass over similar patches follows: see `similar.filter_slabs`.
+    It is averaged with `second.second_estimate`, which uses y alone and so errs
+    differently. Where this risks more than f errs, f is kept: see `keep_safer`. Under a
+    blur `plug.refine` follows instead.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
         variance: of the predictions, by plane, of the same shape.
-        observation: y, likewise.
-        known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W). Elsewhere
-            f stands in y's place. For holes without noise see missing.fill_holes.
+        observation: y, of the same shape and scale.
+        known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W). A(f) stands
+            in for unknown entries. For holes without noise see missing.fill_holes.
         sigma: s, standard deviation of y's white noise on the 0-255 scale. None: it is
-            not known, and all of the residual counts as noise. Under a blur that is
-            nearly so, for A leaves little of the error of f.
-        forward_operator: A, linear, for every channel by itself and the same at every
-            place of the image, which it takes as periodic; from and to (1, C, H, W).
+            unknown, and the whole residual counts as noise. Under a blur that is nearly
+            true, because A removes most of the error of f.
+        forward_operator: A, from and to (1, C, H, W). It is linear, treats every channel
+            by itself and every place alike, and takes the image as periodic.
 
     Returns:
         The fused restoration, and its squared error as predicted from the variance;
@@ -88,11 +93,11 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     known = known.amax(0, keepdim=True)
     planes = opponent(y)
     y, f = (torch.tensordot(planes, x, 1) for x in (y, f))
-    # No array is kept that is not needed again: of large pictures memory is short.
+    # Arrays that are not needed again are freed: large pictures fill the memory.
     del ensemble, observation
     # Beside unknown entries, such as lamps, predictions vary more than elsewhere.
-    mean = (known * variance).mean((1, 2), keepdim=True) / known.mean()
-    mean = (SPREAD * mean).clamp(min=1e-12)
+    error = (known * variance).mean((1, 2), keepdim=True) / known.mean()
+    error = (SPREAD * error).clamp(min=1e-12)
     residual = known * (y - forward_operator(f[None])[0])
     impulse = y.new_zeros(1, 1, *size)
     impulse[..., 0, 0] = 1
@@ -101,72 +106,78 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     if sigma is None:
         noise = (residual**2).mean().item() / share
     else:
-        noise = quiet_energy(residual) / share - mean.mean() * power.mean()
+        noise = quiet_energy(residual) / share - error.mean() * power.mean()
         noise = max((sigma / 255) ** 2, noise.item())
-    passed = bounded(power, noise / mean)
-    ratio = noise * (1 / passed).mean((1, 2), keepdim=True) / mean
-    # Twice the noise's energy is not chance, whatever the predictions agree upon.
-    margin = 1 + (CAUTION * ratio**2).clamp(max=1)
-    residual = wiener(residual, margin * noise)
-    pilot = f + convolve(residual, transfer.conj() / passed)
+    divisor = bound_power(power, noise / error)
+    ratio = noise * (1 / divisor).mean((1, 2), keepdim=True) / error
+    # However small the variance, twice the noise's energy is no chance: 1 to 2.
+    caution = 1 + (CAUTION * ratio**2).clamp(max=1)
+    residual = wiener(residual, caution * noise)
+    pilot = f + convolve(residual, transfer.conj() / divisor)
     del residual
-    left = torch.maximum(noise / (mean * power + noise + 1e-12), 1 - power / passed)
-    left = left.mean((1, 2), keepdim=True)
-    del passed
+    left = torch.maximum(noise / (error * power + noise + 1e-12), 1 - power / divisor)
+    left = left.mean((1, 2), keepdim=True)  # share of the error after the first pass
+    del divisor
     expected = SPREAD * left * variance
-    if (power < UNBLURRED).any():
-        if noise > (LEAST_BLURRED / 255) ** 2:
-            pilot, expected = refine(pilot, mean, y, known, noise, transfer)
-    elif noise > (LEAST_SIGMA / 255) ** 2:
-        expected *= 1 - GAIN * (1 - left)
+    if (power < MIN_UNBLURRED).any():
+        if noise > (MIN_PLUG_SIGMA / 255) ** 2:
+            pilot, expected = refine(pilot, error, y, known, noise, transfer)
+    elif noise > (MIN_PASS_SIGMA / 255) ** 2:
+        expected *= 1 - REMOVED * (1 - left)
         second = second_estimate(y, noise)
         restored = f + convolve(
             known * (y - forward_operator(f[None])[0]), transfer.conj()
         )
-        given = f, variance, restored, noise
+        inputs = f, variance, restored, noise
         slabs, top = [], 0
         for estimate, risk in filter_slabs(pilot, restored, noise):
             rows = slice(top, top + estimate.shape[1])
-            estimate = estimate.lerp(second[:, rows], SECOND)
-            slabs.append(keep_safer(estimate, risk, top, *given))
+            estimate = estimate.lerp(second[:, rows], SECOND_SHARE)
+            slabs.append(keep_safer(estimate, risk, top, *inputs))
             top = rows.stop
         pilot = torch.cat(slabs, 1)
     fused = torch.tensordot(planes.T, pilot, 1)
-    error = torch.tensordot(planes.T**2, expected, 1)  # planes err independently
-    return fused.cpu().numpy(), error.cpu().numpy()
+    predicted = torch.tensordot(planes.T**2, expected, 1)  # planes err independently
+    return fused.cpu().numpy(), predicted.cpu().numpy()
 
 
-def keep_safer(estimate, risk, top, f, variance, restored, level):
-    """Take f in a slab where the second pass risks more than f errs.
+def keep_safer(estimate, risk, top, f, variance, restored, noise):
+    """Move a slab of the second pass towards f where f errs less than the pass risks.
 
-    How much f errs its predictions' variance tells, or the energy nearby of what the
-    pass's observation has besides f and its noise.
+    The squared error of f is estimated twice, and the larger estimate is taken: from the
+    predictions' variance, and from the energy of restored - f in a window, less the noise.
 
     Args:
-        estimate, risk: of the pass, (C, rows, W), from row `top` on.
-        f, variance, restored: the ensemble, its predictions' variance and the pass's
-            observation, (C, H, W).
-        level: variance of that one's noise.
+        estimate, risk: the pass's result and expected squared error, (C, rows, W), from
+            row `top` on.
+        f, variance, restored: the ensemble, its predictions' variance and the observation
+            that the pass has filtered, (C, H, W).
+        noise: variance of that observation's noise.
     """
-    bottom, edge = top + estimate.shape[1], AROUND // 2
+    bottom, edge = top + estimate.shape[1], ENERGY_SIDE // 2
     first = max(0, top - edge)
     near = (x[:, first : bottom + edge] for x in (restored, f))
     energy = torch.sub(*near) ** 2
-    missed = F.avg_pool2d(energy, AROUND, 1, edge, count_include_pad=False)
+    error = F.avg_pool2d(energy, ENERGY_SIDE, 1, edge, count_include_pad=False)
     rows, within = slice(top, bottom), slice(top - first, bottom - first)
-    missed = missed[:, within] - level
-    ratio = risk / torch.maximum(SPREAD * variance[:, rows], missed).clamp(min=1e-12)
+    error = error[:, within] - noise
+    ratio = risk / torch.maximum(SPREAD * variance[:, rows], error).clamp(min=1e-12)
     return estimate.lerp(f[:, rows], ratio**2 / (1 + ratio**2))
 
 
-def bounded(power, noise_over_error):
-    """Bound from below what is divided by, the power that a blur has left: (C, H, W')."""
-    least = (noise_over_error / AMPLIFICATION).clamp(min=LEAST_POWER, max=1)
+def bound_power(power, noise_over_error):
+    """Raise a blur's power (C, H, W') to the least that may be divided by."""
+    least = (noise_over_error / MAX_AMPLIFICATION).clamp(min=MIN_POWER, max=1)
     return torch.maximum(power, least)
 
 
 def quiet_energy(residual):
-    """Return the energy of a residual's spectrum that its quietest quarter stays below."""
+    """Return the energy below which the quietest quarter of a residual's spectrum lies.
+
+    Args:
+        residual: (C, H, W). Its spectrum is cut into BINS x BINS parts.
+    """
+    # One plane after the other, to save memory.
     spectra = (torch.fft.rfft2(plane, norm="ortho").abs() ** 2 for plane in residual)
     bins = [
         [
@@ -174,6 +185,6 @@ def quiet_energy(residual):
             for rows in spectrum.tensor_split(BINS)
             for part in rows.tensor_split(BINS, 1)
         ]
-        for spectrum in spectra  # one by one, for memory's sake
+        for spectrum in spectra
     ]
     return torch.tensor(bins).mean(0).quantile(QUIET_SHARE).item()

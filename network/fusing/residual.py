@@ -7,14 +7,19 @@ from torch.nn import functional as F
 
 PATCH = 16  # pixels a side
 STRIDE = 2  # pixels between patches
-WINDOW = 15  # patches a side, over which a frequency's energy is averaged
-BAND = 3  # frequencies a side, likewise
-REACH = PATCH - STRIDE + STRIDE * (WINDOW // 2)  # pixels that an entry is decided by
-SLAB = 2**17  # pixels worked on at a time, for memory's sake
+# The energy of a frequency is averaged over WINDOW x WINDOW patches and BAND x BAND
+# neighbouring frequencies.
+WINDOW, BAND = 15, 3
+# An entry's result depends on the pixels up to this distance.
+REACH = PATCH - STRIDE + STRIDE * (WINDOW // 2)
+SLAB = 2**17  # pixels filtered at a time, to save memory
 
 
 def cosines():
-    """The orthonormal cosine transform of a patch, as convolution weights."""
+    """Return the orthonormal cosine transform of a patch as convolution weights.
+
+    (PATCH**2, 1, PATCH, PATCH): one weight for each frequency.
+    """
     k = torch.arange(PATCH, dtype=torch.float64)
     waves = torch.cos(math.pi / PATCH * (k + 0.5) * k[:, None]) * math.sqrt(2 / PATCH)
     waves[0] /= math.sqrt(2)
@@ -23,9 +28,14 @@ def cosines():
 
 
 def wiener(residual, noise):
-    """Filter white noise out of a residual (C, H, W), patch by patch.
+    """Remove white noise from a residual, patch by patch.
 
-    The noise is its variance by plane, (C, 1, 1).
+    Args:
+        residual: (C, H, W).
+        noise: variance of its noise in each plane, (C, 1, 1).
+
+    Returns:
+        The filtered residual, (C, H, W).
     """
     height, width = residual.shape[1:]
     right, below = REACH + width % STRIDE, REACH + height % STRIDE
@@ -54,5 +64,5 @@ def _wiener(residual, noise, basis):
     kept = waves[..., edge:-edge, edge:-edge] * share
     filtered = F.conv_transpose2d(kept, basis, stride=STRIDE)
     edge = PATCH - STRIDE
-    # Every pixel lies in (PATCH / STRIDE)^2 patches.
+    # Every pixel is the mean of (PATCH / STRIDE)^2 patches.
     return filtered[..., edge:-edge, edge:-edge] * (STRIDE / PATCH) ** 2

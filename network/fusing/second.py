@@ -6,84 +6,89 @@ import torch
 
 from network.fusing.similar import ROUNDING, filter_once, two_filters
 
-FIRST = 11, 24  # pixels along a patch's side, patches in a group: the first step
-ROUNDS = 4  # of filtering that follow the first step; of a large picture fewer
-FULL = 2**18  # pixels up to which there are that many, so that training takes longer
-GROUPS = (6, 45), (5, 32)  # the same for odd and for even rounds
-KEPT = 0.75  # share of the residual y - x that is given back, falling to 0
-DOUBT = 0.1  # variance of x's error, in units of the noise's
-NOISIER = 0.5  # a, by which the first step is more cautious than Stein's estimate
+# Pixels along a patch's side, patches in a group: in the first step, and in odd and in even
+# rounds.
+FIRST_GROUP, GROUPS = (11, 24), ((6, 45), (5, 32))
+ROUNDS = 4  # of filtering after the first step; a large picture has fewer
+FULL_ROUNDS = 2**18  # pixels up to which it has all; more would outlast the training
+GIVEN_BACK = 0.75  # bounds the share of the residual y - x that a later round gets back
+DOUBT = 0.1  # variance of x's error over the noise's
+NOISIER = 0.5  # a in `first_step`; above 0 it follows chance less than Stein's estimate
 
 
 def second_estimate(y, noise, rounds=None):
-    """Estimate a picture from its observation alone, from groups of similar patches.
+    """Estimate a picture from its observation alone, by groups of similar patches.
 
     The first step is that of NL-Ridge (Herbreteau, Kervrann, SIAM J. Imaging Sciences
-    2022): see `first_step`. M rounds follow, which remove the noise little by little, as
-    LIChI does (the same authors, IEEE Transactions on Image Processing 2024). With x the
-    last estimate, round m filters
+    2022): see `first_step`. M rounds follow and remove the noise little by little, as
+    LIChI does (the same authors, IEEE Transactions on Image Processing 2024). x is the
+    last estimate. Round m filters
 
-        z = x + t (y - x),    t = 1 in the first round, then KEPT (1 - (m - 1) / M).
+        z = x + t (y - x),    t = 1 in the first round, then GIVEN_BACK (1 - (m - 1) / M).
 
-    z has the share t of y's noise, and some of x's error, which counts as noise, too. (In
-    LIChI z is the last round's output, which still has that share. Giving the residual
-    back anew gains 0.05 dB in the mean with the network's.) The filters are those of
-    `similar.two_filters`. They learn their coefficients from x, in groups found in x.
+    z has the share t of y's noise. It also has some of x's error, which counts as noise.
+    The filters are those of `similar.two_filters`. They learn their coefficients from x,
+    in groups found in x. LIChI takes the last round's output for z. To add the residual in
+    every round is better by 0.05 dB, once the result is averaged with the network's.
 
     Args:
-        y: observation, (C, H, W), sides of 32 or more; luminance first, where there is
-            colour (see noisy.opponent), because patches are compared in the first plane.
+        y: observation by plane (see noisy.opponent), (C, H, W), sides of 32 or more.
+            Patches are compared in the first plane, which is luminance.
         noise: variance of its white noise, the same in all planes; above 0.
-        rounds: M. 0: the first step alone. None: ROUNDS, or as many as the size allows.
+        rounds: M. 0: the first step alone. None: ROUNDS, fewer for a large picture.
 
     Returns:
         The estimate, (C, H, W).
     """
     if rounds is None:
-        rounds = max(1, min(ROUNDS, ROUNDS * FULL // y[0].numel()))
-    first = functools.partial(first_step, level=noise)
-    x = _filter(y, y, *FIRST, first)
+        rounds = max(1, min(ROUNDS, ROUNDS * FULL_ROUNDS // y[0].numel()))
+    first = functools.partial(first_step, variance=noise)
+    x = _filter(y, y, *FIRST_GROUP, first)
     share = 1.0
     for done in range(rounds):
         patch, size = GROUPS[done % len(GROUPS)]
-        level = noise * (share**2 + DOUBT * (1 - share))
-        covariance = level * torch.eye(patch**2).to(y)
-        filters = functools.partial(two_filters, level=level, covariance=covariance)
+        variance = noise * (share**2 + DOUBT * (1 - share))
+        covariance = variance * torch.eye(patch**2).to(y)
+        filters = functools.partial(
+            two_filters, variance=variance, covariance=covariance
+        )
         x = _filter(x, x.lerp(y, share), patch, size, filters)
-        share = KEPT * (1 - (done + 1) / rounds)
+        share = GIVEN_BACK * (1 - (done + 1) / rounds)
     return x
 
 
-def first_step(_, y, level):
-    """Estimate a group's patches by linear combinations that minimise an estimated risk.
+def first_step(_, y, variance):
+    """Estimate the patches of a group by linear combinations of them.
 
-    Y, (k, n), has k noisy patches of n pixels. With S = Y Y' and s^2 the noise's variance
+    Y, (k, n), has k noisy patches of n pixels, S = Y Y', and s^2 is the noise's variance.
+    The estimate is
 
         T Y with T = (S + n (a s)^2 I)^-1 (S - n s^2 I)
 
-    minimises Stein's unbiased estimate of the squared error for a = 0 (NL-Ridge). With
-    a > 0 it has learnt to predict Y from Y with more noise, of standard deviation a s,
-    which follows chance less (LIChI, after Noisier2Noise).
+    For a = 0 it minimises Stein's unbiased estimate of the squared error (NL-Ridge). For
+    a > 0 T predicts Y from Y with added noise of standard deviation a s, and follows
+    chance less (LIChI, after Noisier2Noise).
 
     Args:
+        _: groups of the pilot, which this step does not use.
         y: groups of the observation, (groups, k, n); k at most n.
-        level: s^2.
+        variance: s^2.
 
     Returns:
-        What similar.two_filters does, but no risk: 0.
+        The three values of similar.two_filters, with the risk 0.
     """
     k, n = y.shape[1:]
     gram, identity = y @ y.mT, torch.eye(k).to(y)
-    damping = n * level * NOISIER**2 + ROUNDING * y.square().sum((1, 2))
+    damping = n * variance * NOISIER**2 + ROUNDING * y.square().sum((1, 2))
     damping = damping[:, None, None]
     factor = torch.linalg.cholesky(gram + damping * identity)
-    combine = identity - (n * level + damping) * torch.cholesky_inverse(factor)
+    combine = identity - (n * variance + damping) * torch.cholesky_inverse(factor)
     weight = 1 / combine.square().sum(2, keepdim=True).clamp(min=1 / k)
     return weight * (combine @ y), 0 * weight, weight
 
 
 def _filter(pilot, observation, patch, size, estimate):
-    """Filter a picture once, all planes alike."""
+    """Return a picture (C, H, W), filtered once by one estimator for all planes."""
     estimators = [estimate] * len(pilot)
     slabs = filter_once(pilot, observation, patch, size, estimators)
     return torch.cat([slab for slab, _ in slabs], 1)

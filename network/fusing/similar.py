@@ -1,4 +1,4 @@
-"""A second pass: a picture's similar patches, filtered together."""
+"""The second pass: similar patches of a picture are filtered together."""
 
 import functools
 import math
@@ -6,118 +6,121 @@ import math
 import torch
 from torch.nn import functional as F
 
-REACH = 18  # pixels from a patch within which similar ones are looked for
-TILE = 16  # pixels a side: the patches of a tile look at the same ones
-ROUNDING = 3e-6  # of a group's energy, in float32
-VISIBLE = 8  # times a group's energy over the noise's: how far it is detail
-TILES = 64  # worked on at a time, for memory's sake
+SEARCH_REACH = 18  # pixels around a tile in which similar patches are searched
+TILE = 16  # pixels a side; the reference patches of a tile have the same candidates
+MAX_TILES = 64  # filtered at a time, to save memory
+ROUNDING = 3e-6  # share of a group's energy that float32 may lose
+DETAIL_FACTOR = 8  # a group is half detail if so many times its energy is the noise's
 
-# From these sigmas (0-255 scale) on: side of a patch in pixels; patches in a group; what
-# the pilot's Gram matrix is multiplied by in detail, because the pilot is smoother than the
-# truth; how often all is done, each time with the last estimate as the pilot.
+# Smallest sigma (0-255 scale) -> side of a patch in pixels; patches in a group; boost, the
+# factor of the pilot's Gram matrix in detail, because the pilot is smoother than the
+# truth; number of filterings, each with the last estimate as the pilot.
 GROUPS = {0: (6, 45, 1, 2), 12: (6, 45, 1.5, 2), 20: (8, 80, 2, 1)}
 
 
 def filter_groups(pilot, observation, noise, times=None):
-    """Return what filter_slabs yields as whole pictures: estimate and risk, (C, H, W)."""
+    """Return filter_slabs' estimate and risk as whole pictures, (C, H, W)."""
     slabs = zip(*filter_slabs(pilot, observation, noise, times))
     return [torch.cat(slab, 1) for slab in slabs]
 
 
-def filter_slabs(pilot, observation, noise, times=None, gain=None):
+def filter_slabs(pilot, observation, noise, times=None, boost=None):
     """Estimate a picture from groups of similar patches, given a first estimate of it.
 
-    A group has k patches of n pixels: X of the pilot, (k, n), and Y of the observation,
-    whose noise has the covariance S, (n, n), in a patch. It is estimated twice, by ridge
-    regression on its patches and by Wiener's filter of its pixels, each from X's mean:
+    A group has k patches of n pixels: X of the pilot, (k, n), and Y of the observation.
+    The noise of Y has the variance s^2 and, in a patch, the covariance S, (n, n). The
+    group is estimated twice: by ridge regression, which combines its patches, and by
+    Wiener's filter, which combines the pixels of a patch. With the means subtracted:
 
         T Y with T = X X' (X X' + n s^2 I)^-1 = X (X' X + n s^2 I)^-1 X'
         Y W with W = (X' X + k S)^-1 X' X
 
     The first is the second step of NL-Ridge (Herbreteau, Kervrann, SIAM J. Imaging
-    Sciences 2022), the second that of NL-Bayes (Lebrun, Buades, Morel, same journal,
-    2013). The mean of both is taken. A pixel is the mean of its patches' estimates,
-    weighted by the inverse of the noise that is left in them. What a pixel risks is that
-    noise, halved by the mean, and what the filters would do to the pilot, the mean square
-    of X - T X and X - X W.
+    Sciences 2022), the other the second step of NL-Bayes (Lebrun, Buades, Morel, same
+    journal, 2013). A patch's estimate is the mean of both. A pixel is the mean of the
+    estimates of all patches that hold it, weighted by the inverse of the noise left in
+    them. Its risk has two parts: half of that noise, since two estimates are averaged; and
+    the error that the filters would make on the pilot, the mean square of X - T X and
+    X - X W.
 
     Args:
-        pilot: (C, H, W), sides of 32 or more; the planes are filtered one by one, and
-            patches are compared in the first.
+        pilot: the first estimate, (C, H, W), sides of 32 or more. Each plane is filtered
+            by itself; patches are compared in the first one.
         observation: of the same shape.
-        noise: variance of the observation's noise; above 0. A number, or by frequency,
-            as torch.fft.rfft2 has them, (C, H, W // 2 + 1).
-        times: how often all is done; None: as GROUPS has it.
-        gain: what a Gram matrix is multiplied by, in detail; None: likewise.
+        noise: variance of the observation's noise, above 0: one number, or one for each
+            frequency of torch.fft.rfft2, (C, H, W // 2 + 1).
+        times: number of filterings; None: that in GROUPS.
+        boost: factor of the Gram matrices in detail; None: that in GROUPS.
 
     Yields:
-        The second estimate and its risk, an expected squared error, of some rows, both
-        (C, rows, W); from top to bottom, for memory's sake.
+        Slabs from top to bottom, to save memory: the new estimate of some rows, and its
+        risk, an expected squared error; both (C, rows, W).
     """
     planes, height, width = pilot.shape
     noise = torch.as_tensor(noise).to(pilot).expand(planes, height, width // 2 + 1)
-    sigma = 255 * noise[:, 0, 0].mean().sqrt().item()  # where pictures' energy is
-    patch, size, usual, rounds_of_level = GROUPS[max(k for k in GROUPS if k <= sigma)]
+    # A picture's energy lies in the low frequencies, so their noise chooses the settings.
+    sigma = 255 * noise[:, 0, 0].mean().sqrt().item()
+    patch, size, usual_boost, usual_times = GROUPS[max(k for k in GROUPS if k <= sigma)]
     estimators = [
         functools.partial(
             two_filters,
-            level=level,
+            variance=variance,
             covariance=_covariance(plane, (height, width), patch),
-            gain=gain or usual,
+            boost=boost or usual_boost,
         )
-        for level, plane in zip(noise_levels(noise), noise)
+        for variance, plane in zip(effective_variances(noise), noise)
     ]
-    for _ in range((times or rounds_of_level) - 1):
+    for _ in range((times or usual_times) - 1):
         rounds = filter_once(pilot, observation, patch, size, estimators)
         pilot = torch.cat([estimate for estimate, _ in rounds], 1)
     yield from filter_once(pilot, observation, patch, size, estimators)
 
 
-def noise_levels(noise):
-    """Return the variance that counts of noise (C, H, W'), by frequency: (C,).
+def effective_variances(noise):
+    """Return one variance for each plane, (C,), of noise given by frequency, (C, H, W').
 
-    Coloured noise does not average out over patches that overlap as white noise does:
-    the root mean square.
+    It is the root mean square of the variances, which is above their mean for coloured
+    noise: that averages out less than white noise does where patches overlap.
     """
     return (noise**2).mean((1, 2)).sqrt()
 
 
 def _covariance(noise, size, patch):
-    """Return the covariance in a patch, (n, n), of noise by frequency (H, W')."""
-    shared = torch.fft.irfft2(noise, s=size)  # by the distance of two pixels
+    """Return a patch's covariance (n, n) of noise given by frequency, (H, W')."""
+    shared = torch.fft.irfft2(noise, s=size)  # indexed by the distance of two pixels
     place = torch.arange(patch**2, device=noise.device)
     down, across = (x[:, None] - x for x in (place // patch, place % patch))
     return shared[down, across]
 
 
 def filter_once(pilot, observation, patch, size, estimators):
-    """Yield estimates and risks of one filtering, as filter_slabs does.
+    """Filter once; yield slabs of estimate and risk, as filter_slabs does.
 
     Args:
         pilot, observation: (C, H, W).
-        patch, size: a patch's side in pixels, and how many patches a group has.
-        estimators: one for each plane. It gets the groups of the pilot and of the
-            observation, both (groups, k, n), and returns what two_filters does.
+        patch, size: a patch's side in pixels, and the number of patches in a group.
+        estimators: a function for each plane. It takes groups of the pilot and of the
+            observation, both (groups, k, n), and returns the values of two_filters.
     """
     (height, width), device = pilot.shape[1:], pilot.device
     rows, columns = (_tiles(n, patch, device) for n in (height, width))
     within = torch.arange(patch, device=device)
     within = (within[:, None] * width + within).flatten()
-    # patches of the guide by their corners, a view
+    # A view: guide[i] is the patch whose upper left corner is pixel i of the first plane.
     count = height * width - (patch - 1) * (width + 1)
     guide = (pilot[0].flatten() - 0.5).as_strided((count, patch, patch), (1, width, 1))
     planes = list(zip(pilot, observation, estimators))
-    # from row `top` on: the weighted sums of estimates and risks, and the weights'
+    # Weighted sums of estimates and risks, and sums of weights, from row `top` on.
     top, sums = 0, pilot.new_zeros(3, len(pilot), 0, width)
-    for band in torch.arange(len(rows[0])).split(max(1, TILES // len(columns[0]))):
+    for band in torch.arange(len(rows[0])).split(max(1, MAX_TILES // len(columns[0]))):
         first, last = rows[1][band[0], 0].item(), rows[1][band[-1], -1].item() + patch
-        if first > top:  # no later tile looks above
+        if first > top:  # the rows above are complete: no later tile has patches there
             yield _means(sums[:, :, : first - top])
         left = sums[:, :, first - top :]
         sums = F.pad(left, (0, 0, 0, last - first - left.shape[2]))
         top = first
         tiles = band[0] * len(columns[0]) + torch.arange(len(band) * len(columns[0]))
-        for some in tiles.to(device).split(TILES):
+        for some in tiles.to(device).split(MAX_TILES):
             down, across = some // len(columns[0]), some % len(columns[0])
             references, candidates = (
                 (r[down, :, None] * width + c[across, None]).flatten(1)
@@ -135,32 +138,36 @@ def filter_once(pilot, observation, patch, size, estimators):
 
 
 def _means(sums):
-    """Return estimate and risk from their weighted sums and the weights'."""
+    """Return estimate and risk, given their weighted sums and the sum of the weights."""
     return sums[0] / sums[2], sums[1] / sums[2]
 
 
 def _tiles(size, patch, device):
-    """Return where along an axis each tile's patches begin, and those they look at."""
+    """Return the first pixels, along an axis, of each tile's references and candidates.
+
+    (tiles, references) and (tiles, candidates).
+    """
     last, stride = size - patch, patch // 2 + 1
     count = TILE // stride
     begins = torch.arange(0, last + stride, stride, device=device)
     begins = F.pad(begins, (0, -len(begins) % count), value=last)
     begins = begins.clamp(max=last).view(-1, count)
-    span = min((count - 1) * stride + 2 * REACH, last) + 1
-    first = (begins[:, :1] - REACH).clamp(0, last + 1 - span)
+    span = min((count - 1) * stride + 2 * SEARCH_REACH, last) + 1
+    first = (begins[:, :1] - SEARCH_REACH).clamp(0, last + 1 - span)
     return begins, first + torch.arange(span, device=device)
 
 
 def _most_similar(guide, references, candidates, size):
-    """Return the corners of the patches nearest to each reference, itself among them.
+    """Return the corners of the patches nearest to each reference, (groups, size).
 
     Args:
-        guide: its patches by corner, (corners, patch, patch).
+        guide: the patches of the first plane by corner, (corners, patch, patch).
         references, candidates: corners by tile, (tiles, ...), as indices of the guide.
+            Each reference is also a candidate, and always chosen.
         size: patches in a group, at most.
     """
     ours, theirs = (guide[x].flatten(2) for x in (references, candidates))
-    # |ours - theirs|^2, but for what is the same for all candidates
+    # |ours - theirs|^2 less |ours|^2, which is the same for all candidates
     distance = theirs.norm(dim=2).square()[:, None] - 2 * ours @ theirs.transpose(1, 2)
     distance[candidates[:, None] == references[..., None]] = -math.inf
     nearest = distance.topk(min(size, distance.shape[2]), 2, largest=False)[1]
@@ -168,35 +175,43 @@ def _most_similar(guide, references, candidates, size):
     return candidates.gather(2, nearest).flatten(0, 1)
 
 
-def two_filters(x, y, level, covariance, gain=1):
-    """Return a group's estimate (groups, k, n) and risk, times their weight, and that.
+def two_filters(x, y, variance, covariance, boost=1):
+    """Estimate the patches of groups by the two filters: see filter_slabs.
 
-    The weight is the inverse of the noise left in a patch, in units of the level's,
-    (groups, k, 1). No estimate is taken for surer than the mean of its group.
+    Args:
+        x, y: groups of the pilot and of the observation, (groups, k, n).
+        variance: s^2.
+        covariance: S, (n, n).
+        boost: factor of the Gram matrices of groups with detail.
+
+    Returns:
+        weight * estimate, (groups, k, n), weight * risk, (groups, k, 1), and the weight,
+        (groups, k, 1): the inverse of the noise left in a patch, as a share of s^2. That
+        share is at least 1 / k, as in the mean of the group.
     """
     (k, n), mean = x.shape[1:], y.mean((1, 2), keepdim=True)
     centred, z = x - x.mean((1, 2), keepdim=True), y - mean
-    # In flat groups the pilot has waves that noise has left, and no more than the truth.
-    energy = VISIBLE * centred.square().mean((1, 2), keepdim=True)
-    gain = gain ** (energy / (energy + level))
-    half = _solve(centred, n * level / gain * torch.eye(n).to(x), centred.mT)
+    # In flat groups the pilot's waves are remains of noise, so the boost falls to 1.
+    energy = DETAIL_FACTOR * centred.square().mean((1, 2), keepdim=True)
+    boost = boost ** (energy / (energy + variance))
+    half = _solve(centred, n * variance / boost * torch.eye(n).to(x), centred.mT)
     ridge = centred @ (half @ z) + mean
     left = (centred @ (half @ half.mT) * centred).sum(2).clamp(min=1 / k)
     lost = (centred - centred @ (half @ centred)).square().mean(2)
     mean = y.mean(1, keepdim=True)
     centred, z = x - x.mean(1, keepdim=True), y - mean
-    weights = _solve(centred, k * covariance / gain, centred.mT @ centred)
+    weights = _solve(centred, k * covariance / boost, centred.mT @ centred)
     wiener = z @ weights + mean
-    kept = (covariance @ weights * weights).sum((1, 2)) / (n * level) + 1 / k
+    kept = (covariance @ weights * weights).sum((1, 2)) / (n * variance) + 1 / k
     left = (left + kept[:, None]) / 2
     lost = (lost + (centred - centred @ weights).square().mean(2)) / 2
     weight = 1 / left[..., None]
-    risk = level * left / 2 + lost
+    risk = variance * left / 2 + lost
     return weight * (ridge + wiener) / 2, weight * risk[..., None], weight
 
 
 def _solve(x, damping, right):
-    """Solve (X' X + damping) Z = right; never so little damped that rounding decides."""
+    """Solve (X' X + damping) Z = right, with enough damping to outweigh rounding errors."""
     gram = x.mT @ x + damping
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal += ROUNDING * diagonal.sum(1, keepdim=True)

@@ -1,13 +1,13 @@
-"""Fusing where entries are missing."""
+"""Fusing an observation without noise whose entries are partly missing."""
 
 import numpy as np
 import pytest
 import torch
+from references import decibels, saved
 from scipy.ndimage import gaussian_filter
+from scripts import chosen
 from skimage.restoration import inpaint_biharmonic
 from tensors import begun, random_image, train
-from test_options import chosen
-from test_similar import decibels, saved
 
 from network.fusing import missing, noisy
 
@@ -34,7 +34,7 @@ def test_a_residual_is_spread_by_its_definition(share):
     residual = random_image(3, 20, 17)
     known = (random_image(3, 20, 17, seed=1) < share).float()
     expected = naive_spread(residual.double().numpy(), known.numpy())
-    made = missing.spread(residual, known)
+    made = missing.spread_residual(residual, known)
     np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
@@ -67,7 +67,7 @@ def test_the_first_guess_is_the_network_with_its_residual_spread(monkeypatch):
     y, f = (random_image(1, 40, 33, seed=seed) for seed in (0, 1))
     known = torch.from_numpy(holes(0.5, (1, 40, 33)))
     result, _ = missing.fill_holes(f, torch.ones_like(y), y, known)
-    expected = torch.where(known > 0, y, f + missing.spread(y - f, known))
+    expected = torch.where(known > 0, y, f + missing.spread_residual(y - f, known))
     np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
