@@ -525,9 +525,6 @@ class Result:
         if self.begun:
             self.record |= {"finished": not failed, "failed": failed}
             self._write_record()
-        elif earlier := read_record(self.folder):  # other processes must not count it
-            data = json.dumps(earlier | {"failed_at": time.time()}, indent=1)
-            self._write("record.json", data.encode())
         if not failed and not self.extends:
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         if self.record["rows"]:
@@ -563,6 +560,14 @@ def write_record(folder, record):
     """Write the record of a results folder, and when that was."""
     data = json.dumps(record | {"written": time.time()}, indent=1)
     utils.write_atomically(folder / "record.json", data.encode())
+
+
+def mark_failed(folder):
+    """Note in an earlier record that its picture fails now: other processes see it."""
+    earlier = read_record(folder)
+    if earlier:
+        data = json.dumps(earlier | {"failed_at": time.time()}, indent=1)
+        utils.write_atomically(folder / "record.json", data.encode())
 
 
 def read_checkpoint(path):
@@ -681,6 +686,8 @@ class Run:
             self.failed.append(str(path))
             with suppress(OSError):  # which may be what failed
                 result.finish(failed=message)
+                if self.world > 1 and not result.begun:
+                    mark_failed(result.folder)
 
     def finish(self):
         """Write and print the totals; return the exit status.

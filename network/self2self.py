@@ -348,10 +348,12 @@ class Self2Self:
         """
         if self.recipe.fuse == "none":
             return restored.image, None
-        scale, y, known = self.recipe.scale, self.y, self.known
+        scale, known = self.recipe.scale, self.known
         if self.clipped is not None:
-            degraded = self.forward_operator(torch.as_tensor(restored.mean)[None].to(y))
-            believed = (y > degraded) & (y < degraded + MAX_BELOW)
+            degraded = self.forward_operator(
+                torch.as_tensor(restored.mean)[None].to(self.y)
+            )
+            believed = (self.y > degraded) & (self.y < degraded + MAX_BELOW)
             known = known * (~self.clipped | believed)
         keep_memory(2**26, 2**28)  # fusing makes many tensors as large as the picture
         try:
@@ -361,8 +363,8 @@ class Self2Self:
                 self.recipe.fuse,
                 mean,
                 variance,
-                y[0],
-                self.known[0],
+                self.y[0],
+                known[0],
                 self.recipe.noise,
                 self.forward_operator,
             )
