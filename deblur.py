@@ -1,7 +1,7 @@
 """Deblur images with Self2Self, each learnt from its own blurred pixels: y = k*x + n.
 
-The PSF k is known, or estimated from the picture; the convolution is circular, or has
-seen what lies beyond the picture, as a camera's has.
+The PSF k is known, or estimated from the picture. The convolution is circular, or includes
+pixels beyond the picture's edge, as in a camera.
 """
 
 import sys
@@ -22,8 +22,8 @@ from network.scale import find_scale
 from network.unknown import find_unknown
 
 LAMP = 0.75  # of the range; a darker neighbour of a clipped entry is beside a lamp
-# What a PSF is wrong by is like noise of at least this sigma, where 255 is the picture's
-# range: with less the result rings. Of a measured PSF, and of an estimated one.
+# The errors of a PSF act like noise of at least this sigma, where 255 is the picture's range.
+# With a smaller sigma the result rings. For a measured PSF, and for an estimated one.
 MEASURED_ERROR, ESTIMATED_ERROR = 2.0, 2.8
 
 DEFAULTS = {
@@ -65,7 +65,7 @@ DEFAULTS = {
 
 
 def off_centre(psf):
-    """Say in a line that a PSF (h, w) moves the picture; nothing for under a pixel."""
+    """Return a line that says how far a PSF (h, w) moves the picture; "" up to a pixel."""
     down, right = (
         (psf.sum(1 - axis) * np.arange(size)).sum() - size // 2
         for axis, size in enumerate(psf.shape)
@@ -82,7 +82,7 @@ def off_centre(psf):
 def choose_psf(args):
     """Return the PSF (h, w), and its name for the results folder.
 
-    One that is to be estimated is a point as yet, in an array of its size.
+    A PSF to be estimated is for now a point in an array of the right size.
     """
     if args.kernel == "estimate":
         if not args.observed:
@@ -101,9 +101,9 @@ def choose_psf(args):
 
 
 def at_white(y, known):
-    """Tell where y (C, H, W) has the largest known value of its channel.
+    """Return where y (C, H, W) has the largest known value of its channel.
 
-    There a lamp or a white sky may have been brighter than the sensor's white.
+    There the scene, such as a lamp or a white sky, may be brighter than the sensor's white.
     """
     known = np.broadcast_to(known > 0, y.shape)
     white = y.max((1, 2), keepdims=True, where=known, initial=-np.inf)
@@ -111,10 +111,10 @@ def at_white(y, known):
 
 
 def beside_lamps(y, clipped):
-    """Tell where y (C, H, W) is much darker than a clipped neighbour.
+    """Return where y (C, H, W) is much darker than a clipped neighbour.
 
-    A lamp many times brighter than white shines there, too. The network does not reach
-    such brightness, so these entries would mislead it.
+    The blur has spread a lamp's light there. The network cannot predict a lamp many times
+    brighter than white, so these entries would mislead it.
     """
     low, white = y.min((1, 2), keepdims=True), y.max((1, 2), keepdims=True)
     near = scipy.ndimage.binary_dilation(clipped, np.ones((1, 3, 3)))
@@ -122,15 +122,15 @@ def beside_lamps(y, clipped):
 
 
 def choose(args, y, source, clipped=None):
-    """Return this picture's recipe, and its noise: told, a camera's, or found."""
+    """Return this picture's recipe, and its noise: given, a camera's, or found."""
     sigma = args.noise_sigma if args.observed else args.sigma
-    seen, known = y[source.place], source.known[source.place]
+    inner, known = y[source.place], source.known[source.place]
     measured = known if clipped is None else known * ~clipped[source.place]
-    found = noise.noise_of(seen, measured, sigma, args.real_noise)
+    found = noise.noise_of(inner, measured, sigma, args.real_noise)
     error = ESTIMATED_ERROR if args.kernel == "estimate" else MEASURED_ERROR
-    filled = find_scale(seen, known, blurred=True).span  # hot pixels lie beyond
-    least, taken = error * min(np.ptp(seen), filled), found
-    if sigma is None and (found.sigma() or least) < least:  # and nobody says otherwise
+    filled = find_scale(inner, known, blurred=True).span  # without hot pixels
+    least, taken = error * min(np.ptp(inner), filled), found
+    if sigma is None and (found.sigma() or least) < least:  # the user gave no sigma
         taken = noise.white(least)
     recipe = recipes.adapt(
         args.recipe,
@@ -147,9 +147,9 @@ def choose(args, y, source, clipped=None):
 
 
 def estimate(result, x, size):
-    """Return the PSF (size, size) of an observed picture x (C, H, W), and say how sure.
+    """Estimate the PSF (size, size) of an observed picture x (C, H, W); print how sure it is.
 
-    With --resume it is the one that was found in the same picture, where there is one.
+    With --resume an earlier estimate from the same picture is read instead.
     """
     found = result.folder / "kernel.mat"
     record = (
@@ -224,7 +224,7 @@ def main(argv=None):
     run, blur = results.Run(args, DEFAULTS, psf_name), CircularBlur(psf)
     print(off_centre(psf), end="")
     for path in run.paths:
-        with run.image(path) as result:  # an error is reported, the next image goes on
+        with run.image(path) as result:  # reports an error, and the loop goes on
             restore(args, result, psf, blur)
     return run.finish()
 

@@ -45,12 +45,12 @@ DEFAULTS = {
 
 
 def choose(args, y, source):
-    """Return this picture's recipe, and its noise: told, a camera's, or found."""
+    """Return this picture's recipe, and its noise: given, a camera's, or found."""
     sigma = args.noise_sigma if args.observed else args.sigma
-    seen, known = y[source.place], source.known[source.place]
-    found = noise.noise_of(seen, known, sigma, args.real_noise)
-    told = {"given": vars(args), "eight_bits": source.eight_bits}
-    recipe = recipes.adapt(args.recipe, y, source.known, found, **told)
+    inner, known = y[source.place], source.known[source.place]
+    found = noise.noise_of(inner, known, sigma, args.real_noise)
+    options = {"given": vars(args), "eight_bits": source.eight_bits}
+    recipe = recipes.adapt(args.recipe, y, source.known, found, **options)
     if recipe.fuse == "noise" and recipe.noise is None:
         fault = f"its noise is {found.describe()}; --fuse on needs a --noise_sigma"
         raise utils.InputError(f"{source.path}: {fault}")
@@ -87,7 +87,7 @@ def main(argv=None):
     args = utils.parse_arguments(__doc__, DEFAULTS, recipes.RECIPES, argv)
     run = results.Run(args, DEFAULTS)
     for path in run.paths:
-        with run.image(path) as result:  # an error is reported, the next image goes on
+        with run.image(path) as result:  # reports an error, and the loop goes on
             restore(args, result)
     return run.finish()
 

@@ -41,8 +41,9 @@ WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6  # photometric
 COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1}  # samples, no alpha
 UNKNOWN, PREMULTIPLIED, STRAIGHT = 0, 1, 2  # kinds of a TIFF's extra sample
 FAST_PNG = {"level": 1, "strategy": 3, "filter": 16}  # as imagecodecs advises
-EXIF = b"Exif\0\0"  # begins Pillow's EXIF, not a PNG's
-# XMP that announces data which only the input has behind its picture: a gain map, a video.
+EXIF = b"Exif\0\0"  # Pillow's EXIF begins with it, a PNG's does not
+# XMP of these kinds announces data behind the picture, a gain map or a video, that our file
+# does not have.
 GAIN_MAP = re.compile(rb"(?i)hdrgm|gain-?map|photos/1\.0/container|MicroVideo")
 
 
@@ -112,7 +113,7 @@ class Picture(NamedTuple):
 
 
 def black_and_white(image):
-    """Return the values of black and white: 0 and 1, or the finite extremes beyond."""
+    """Return black and white: 0 and 1, or the finite extremes of an image that leaves [0, 1]."""
     image = image[np.isfinite(image)]
     low, high = (float(image.min()), float(image.max())) if image.size else (0.0, 1.0)
     if low >= 0 and high <= 1:
@@ -449,9 +450,8 @@ def picture_of_psf(path):
     border = np.concatenate([psf[0], psf[-1], psf[1:-1, 0], psf[1:-1, -1]])
     offset = np.median(border)
     if border.max() <= FLAT * border.min() and 0 < offset < LOW * psf.max():
-        print(
-            f"{path}: its border is flat: {offset:g} is subtracted, a camera's offset"
-        )
+        text = f"its border is flat: {offset:g} is subtracted, a camera's offset"
+        print(f"{path}: {text}")
         return (psf - offset).clip(0)
     return psf
 
@@ -544,9 +544,8 @@ def score_moved(image, clean):
         return None
     window = np.outer(*map(np.hanning, fixed.shape))
     shift = np.zeros(2)  # of the image against the clean one
-    for _ in range(
-        3
-    ):  # the window pulls the first shift towards 0, the later ones less
+    # The window pulls the first shift towards 0, and the later ones less.
+    for _ in range(3):
         moved = scipy.ndimage.shift(fixed, shift, mode="nearest")
         pair = [(x - x.mean()) * window for x in (gray, moved)]
         told = {"upsample_factor": 20, "normalization": None}

@@ -203,13 +203,13 @@ class Source:
 
 # --- progress ------------------------------------------------------------------------
 
-EVERY = 60  # seconds between two checkpoints, lines of progress, or logs, at least
+EVERY = 60  # seconds between two checkpoints, lines of progress or logs, at least
 
 
 class Progress:
-    """One picture's progress: a bar or, if stderr is no terminal, a line a minute.
+    """One picture's progress: a bar, or a line a minute if stderr is no terminal.
 
-    Between `start` and `close` a first signal only sets `stopping`, the exit status.
+    Between `start` and `close` the first signal only sets `stopping` to the exit status.
     """
 
     def __init__(self, name):
@@ -245,7 +245,7 @@ class Progress:
 
 @contextmanager
 def signals_handled(handler):
-    """Let a function handle SIGINT and SIGTERM; only the main thread can."""
+    """Handle SIGINT and SIGTERM by a function, in the main thread; others cannot."""
     main = threading.current_thread() is threading.main_thread()
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if main}
     # A shell that runs a command behind "&" has Ctrl-C ignored.
@@ -267,7 +267,7 @@ RESULTS = ["error.mat", "Self2Self-[0-9]*.png", "comparison.png", "uncertainty.p
 RESULTS += [f"restored{suffix}" for suffix in utils.SUFFIXES]
 OWN_FILES = ["noisy.png", "noise.mat", "blurred.png", "kernel.mat", "kernel.png"]
 OWN_FILES += ["checkpoint.pt", *RESULTS]
-SAVING = 20  # after a checkpoint that took t seconds, 20 t seconds pass without one
+SAVING = 20  # a checkpoint that took t seconds is followed by 20 t seconds without one
 
 
 def row_text(row):
@@ -491,7 +491,7 @@ class Result:
             sys.exit(self.progress.stopping)
 
     def keep(self):
-        """Follow a step or a test: drop a dead network's tests, save a checkpoint."""
+        """After a step or test: drop a dead network's tests, save a checkpoint if due."""
         if len(self.learner.notes) > len(self.record["notes"]):
             self.record |= {"notes": [*self.learner.notes], "rows": [], "losses": []}
             for file in itertools.chain.from_iterable(map(self.folder.glob, RESULTS)):
@@ -531,7 +531,7 @@ class Result:
             print(self._restored_path())
 
     def whats_left(self):
-        """Tell what an interruption leaves: where --resume goes on from."""
+        """Return a phrase on what an interruption leaves: where --resume goes on."""
         if self.saved_step:
             return f"--resume goes on from step {self.saved_step}"
         steps = self.learner.step if self.learner else 0
@@ -557,7 +557,7 @@ def read_record(folder):
 
 
 def write_record(folder, record):
-    """Write the record of a results folder, and when that was."""
+    """Write the record of a results folder, with the time of writing."""
     data = json.dumps(record | {"written": time.time()}, indent=1)
     utils.write_atomically(folder / "record.json", data.encode())
 
@@ -571,7 +571,7 @@ def mark_failed(folder):
 
 
 def read_checkpoint(path):
-    """Return what a checkpoint holds; raise InputError for a file that is none."""
+    """Return the contents of a checkpoint; raise InputError if the file is no checkpoint."""
     import torch
 
     with suppress(Exception):  # a damaged file fails in many ways
@@ -604,10 +604,10 @@ SUMMARY = ("image", "size", "observation_psnr", "psnr", "ssim", "steps", "second
 
 
 class Run:
-    """All images of one call of a script: which they are, their log, the exit status.
+    """All images of one call of a script: their paths, log and exit status.
 
-    What can be seen beforehand to be unreadable or unwritable exits with status 2.
-    `defaults` are the script's, `psf` is the PSF's name, or None.
+    A fault that shows before the first image, such as a file that cannot be written, exits
+    with status 2. `defaults` are the script's, `psf` is the PSF's name, or None.
     """
 
     def __init__(self, args, defaults, psf=None):
@@ -665,7 +665,7 @@ class Run:
 
     @contextmanager
     def image(self, path):
-        """Give the Result of one image; report an error, so that the next image follows."""
+        """Yield the Result of one image; report an error, so the caller's loop goes on."""
         result = Result(path, self._folder(path), self.args, self.settings, self._log)
         try:
             with signals_handled(result.progress.stop):
@@ -718,8 +718,8 @@ class Run:
     def _read_records(self):
         """Return the records of this call's images so far, path -> record.
 
-        An earlier call's do not count, unless it is resumed and has not failed now. Other
-        processes may have begun up to SKEW before this one.
+        Records of an earlier call count only if this call resumes it and the image has not
+        failed now. Other processes may have started up to SKEW before this one.
         """
         found, ours, failed = {}, set(self.paths), set(self.failed)
         for file in self.files:
@@ -734,7 +734,7 @@ class Run:
         return found
 
     def _log(self):
-        """Write the logs after a test, if the last time is long ago: they may take long."""
+        """Write the logs after a test, unless they were written just now: it may take long."""
         if time.perf_counter() - self.logged_at > EVERY:
             self.write_logs()
             self.logged_at = time.perf_counter()
@@ -742,7 +742,7 @@ class Run:
     def write_logs(self):
         """Write the log, its CSV, the curves and the summary; return the summary's rows.
 
-        Every process writes those of all records that there are.
+        Every process writes the logs of all processes' records.
         """
         hidden = ("resume", "given", "schedule")
         lines = [f"{k}: {v}" for k, v in vars(self.args).items() if k not in hidden]

@@ -110,7 +110,7 @@ def atomic_file(path):
 
 
 def write_atomically(path, data):
-    """Write bytes to an atomic file."""
+    """Write bytes by atomic_file."""
     with atomic_file(path) as file:
         file.write(data)
 
@@ -166,7 +166,7 @@ def contents_name(path):
 
 
 def stack_of(path):
-    """Return the TIFF file of a plane such as cells.tif/007; None for other paths."""
+    """Return the TIFF file of a plane's path such as cells.tif/007; None for other paths."""
     return path.parent if path.name.isdecimal() and path.parent.is_file() else None
 
 
@@ -178,7 +178,7 @@ def full_series(tiff):
 
 
 def planes(path):
-    """List the planes of a TIFF file that has several; else the file alone."""
+    """List the paths of a TIFF file's planes if it has several, else the file alone."""
     count = 1
     if path.suffix.lower() in TIFF and is_utf8(path):
         # A damaged file counts as one plane here; reading it says what is wrong.
@@ -190,7 +190,7 @@ def planes(path):
 
 
 def result_names(path):
-    """Return the names of a picture's folder (a plane's is its stack's) and of itself."""
+    """Return the names of a picture's folder (a plane's: its stack) and of the picture."""
     stack = stack_of(path)
     if stack:
         return "/".join(result_names(stack)), path.name

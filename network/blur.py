@@ -1,10 +1,10 @@
 """The forward operators A of y = A(x) + n, and what such an operator must be.
 
 An operator is a function from and to images (N, C, H, W). It is linear, treats every channel
-by itself and every place alike, takes the image as periodic, and keeps its size. It has
-`reach`: how many pixels around an entry it looks; 0, or no `reach`, for the identity. A
-step on CUDA is captured once and replayed: so the operator copies nothing from the host
-after its first call.
+by itself and every place alike, takes the image as periodic, and keeps its size. Its
+attribute `reach` is the distance in pixels at which other entries still affect an entry; the
+identity has 0 or no `reach`. A step on CUDA is captured once and replayed, so after its first
+call an operator must not copy anything from the host.
 """
 
 import numpy as np
@@ -26,13 +26,13 @@ class CircularBlur:
     Args:
         psf: k, (h, w), not larger than the images.
 
-    `margin` is the reach by side, (above, below), (left, right): without so many entries
-    the result is that of scipy.signal.convolve2d with mode="valid".
+    `margin` is the PSF's reach on each side, (above, below), (left, right). Without these
+    pixels the result is that of scipy.signal.convolve2d with mode="valid".
     """
 
     def __init__(self, psf):
         self.psf = np.array(psf, order="C")  # PyTorch takes no negative strides
-        self.copies = {}  # by device and type; a captured step reads them there
+        self.copies = {}  # (device, type) -> the PSF, kept for captured steps
         self.reach = max(psf.shape) // 2
         self.margin = [((s - 1) // 2, s // 2) for s in psf.shape]
 
@@ -62,11 +62,11 @@ def gaussian_psf(size, sigma):
 
 
 def check_operator(forward_operator, y):
-    """Apply a forward operator to an observation (1, C, H, W), to see what it is.
+    """Apply a forward operator to an observation (1, C, H, W), and check the result.
 
     Raises:
-        ValueError: what comes back is not of y's shape; or it is not y, and the operator
-            does not say by `reach` how far it looks.
+        ValueError: the result is no tensor of y's shape, or it differs from y though the
+            operator has no `reach`.
     """
     import torch
 

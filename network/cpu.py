@@ -13,7 +13,7 @@ def tune_cpu():
     A network's activations become denormal now and then, and the CPU is slow at those.
     """
     torch.set_flush_denormal(True)
-    keep_memory(2**27, 2**30)  # the tensors of a window, not those of a large picture
+    keep_memory(2**27, 2**30)  # keeps tensors of a window, not those of a large picture
 
 
 def keep_memory(max_tensor, max_kept):

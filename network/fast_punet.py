@@ -1,4 +1,4 @@
-"""Punet on its fast paths, as long as they compute what Punet.forward computes."""
+"""Punet by a fast path, if that path computes what Punet.forward computes."""
 
 import copy
 import math
@@ -15,20 +15,18 @@ try:
 except ImportError:  # Triton is not installed
     triton_punet = None
 
-TOLERANCE = (
-    1e-3  # of a tensor's norm; in float32 rounding makes far less of a difference
-)
+TOLERANCE = 1e-3  # difference over a tensor's norm; float32's rounding makes far less
 SAMPLE_SIDE = 64  # pixels
 
 _agreements = {}  # path, network as it was compared, and device -> whether they agree
 
 
 class FastPunet(Punet):
-    """A Punet that takes its fast path: Triton kernels on CUDA, else cpu_punet.
+    """A Punet that takes a fast path: Triton kernels on CUDA, else cpu_punet.
 
-    Somebody who edits Punet, or PConv2d, has changed the network, and the fast paths do
-    not know. So before a path is first used it is compared with Punet.forward. If they
-    differ, Punet.forward runs, and a line on stderr says so.
+    The fast paths do not follow edits of Punet and PConv2d. So a path is compared with
+    Punet.forward before its first use. If they differ, Punet.forward runs, and a line on
+    stderr says so.
     """
 
     def forward(self, x, mask, draw=None):
@@ -83,7 +81,7 @@ def largest_difference(network, path, device):
         for module in network.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        # Beside biases weak signals tie in float32, and rounding would choose the maxima.
+        # Weak signals plus biases can be equal in float32; then rounding chooses maxima.
         for layer in network.encoder:
             torch.nn.init.zeros_(layer.bias)
         sample, target = torch.rand(2, 1, channels, SAMPLE_SIDE, SAMPLE_SIDE)

@@ -1,12 +1,12 @@
-"""Detects a dead network: one that gives a constant, a wild or a non-finite output."""
+"""Detects a dead network: its output is constant, wild or not finite."""
 
 import math
 
 import torch
 
 CHECK_EVERY = 100  # steps between two checks
-EARLY = 1000  # last step after which a network that died starts over
-ATTEMPTS = 4  # times that a network starts over, at most
+EARLY = 1000  # up to this step a dead network starts over
+ATTEMPTS = 4  # a network starts over so many times at most
 SETTLED = 0.95  # decay of the running mean of the loss: about 20 steps
 
 

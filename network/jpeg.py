@@ -29,18 +29,20 @@ MIN_ZEROS, CHANCE = 0.04, 2.0
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # weights of red, green, blue in a JPEG
 STEPS = np.arange(3, 256)  # smaller steps are lost in the rounding of pixels
 MIN_NONZERO = 1.5  # a smaller coefficient is a rounded zero
-MIN_COUNT, MAX_COUNT = 4, 1000  # nonzero coefficients, to find a step; about so many
-MIN_FULL = 0.05  # share of nonzero coefficients without a step: it is a small one
-MAX_OFF = 0.125  # median distance from multiples of a step, over it; 0.25 is chance
-SIGMAS = np.geomspace(0.5, 100, 200)  # that are tried, 0-255 scale
-FLOOR = 1e-6  # likelihood of a coefficient that is texture
+# A step is found from so many nonzero coefficients, at least and about at most.
+MIN_COUNT, MAX_COUNT = 4, 1000
+MIN_FULL = 0.05  # if more coefficients are nonzero and no step fits, the step is small
+MAX_OFF = 0.125  # median distance from a step's multiples over the step; 0.25 is chance
+SIGMAS = np.geomspace(0.5, 100, 200)  # candidates, 0-255 scale
+FLOOR = 1e-6  # likelihood of any coefficient, since texture may have made it
 FLAT_SHARES = 0.01, 0.02, 0.04, 0.08, 0.16, 0.32  # shares of the blocks, the flattest
 MIN_FLAT_BLOCKS = 12
 MAX_RISE = 1.05  # of the variance from one share to the next; more is texture
-# Noise is clipped where a block's mean is nearer to black or white, in sigmas.
-MIN_DISTANCE = 1.5
-# The noise is told where so many coefficients are not 0, which are this share or more, or
-# where more than MIN_EXPECTED of the high frequencies should be.
+MIN_DISTANCE = (
+    1.5  # of a block's mean from black and white, in sigmas; else noise is clipped
+)
+# Sigma is certain if MIN_NUMBER coefficients are not 0, and these are MIN_SHARE of all, or
+# sigma implies more than MIN_EXPECTED nonzero ones in the high frequencies.
 MIN_NUMBER, MIN_SHARE, MIN_EXPECTED = 20, 0.08, 10
 
 
@@ -48,7 +50,7 @@ class Compressed(NamedTuple):
     """The noise of a JPEG. Standard deviations are those of each channel, 0-255 scale."""
 
     sigma: float  # before compression
-    is_told: bool  # whether enough coefficients are left to tell sigma
+    is_told: bool  # whether enough nonzero coefficients are left to measure sigma
     ratio: float  # variance in the middle frequencies over the high ones; 0: not known
     growth: float  # sigma in the brighter half of the blocks over that in the other
     least: float  # a lower estimate: after compression, or in the high frequencies
@@ -108,8 +110,8 @@ def measure_jpeg(y, known, grid):
         grid: row and column of the first whole block.
 
     Returns:
-        Compressed, or None if the picture has other units or channels, or hardly a block
-        that is neither clipped nor filled.
+        Compressed, or None if the picture has other units or channels, or too few blocks
+        without clipped and unknown entries.
     """
     starts = [
         i + max(0, n - NOISE_PART) // (2 * DCT_SIDE) * DCT_SIDE
@@ -183,12 +185,12 @@ def _find_steps(spectra):
 
 
 def _flat_blocks(spectra, steps, distance, each):
-    """Choose the flattest blocks, as many as have the same noise.
+    """Choose the flattest blocks, as many as possible before texture adds to the noise.
 
     Args:
         spectra: cosine coefficients of blocks, (n, 64).
-        steps: of every frequency, (64,).
-        distance: of the blocks' means from black and white, (n,), 0-255 scale.
+        steps: the quantisation step of every frequency, (64,).
+        distance: distance of the blocks' means from black and white, (n,), 0-255 scale.
         each: sigma of luminance over that of a channel.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Random Bernoulli masks, photon counts and flips: what makes samples of an image differ."""
+"""The random parts of a sample: Bernoulli masks, photon counts and flips."""
 
 import math
 

@@ -9,7 +9,7 @@ MOMENTUM = 0.95
 # to a value between 0.68 and 1.14.
 QUINTIC = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
-MIN_CHANNELS = 16  # in and out, of a convolution that Muon steps
+MIN_CHANNELS = 16  # Muon trains convolutions with as many input and output channels
 
 
 def orthogonalise(matrices):
@@ -112,7 +112,7 @@ def make_optimizers(network, name, beta2, rate):
         optimizers.append(Muon(wide, rate, together=cuda))
     before = copy.deepcopy(network.state_dict())
     for optimizer in optimizers:
-        optimizer.step()  # makes the averages
+        optimizer.step()  # creates the state tensors
     network.load_state_dict(before)
     for tensor in moments(optimizers):
         tensor.zero_()

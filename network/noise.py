@@ -29,14 +29,14 @@ MAX_BLOCKS, MIN_BLOCKS = 2**16, 60  # about so many are used; fewer are too few
 HIGHEST = ORDER >= 9
 MIN_WHOLE = 1000  # blocks without filled entries; if fewer, others are used too
 MAX_CLIPPED = 0.05  # share of a block's entries
-LEVEL_BINS = 10  # intensities, with equally many blocks each
-FLAT_SHARES = 0.02, 0.04, 0.08, 0.16, 0.32  # the flattest of a bin's blocks
-MIN_FLAT = 25  # blocks
+INTENSITY_BINS = 10  # with equally many blocks each
+FLAT_SHARES = 0.02, 0.04, 0.08, 0.16, 0.32  # shares of a bin's blocks, the flattest
+MIN_FLAT = 25  # blocks that are used in a bin, at least
 MAX_RISE = 1.05  # of the variance from one share to the next; more is texture
-# Share of the squared coefficients that is kept, the smallest, and the mean of those for a
-# Gaussian of variance 1.
+# Only the smallest squared coefficients count, this share of all. Their mean for a Gaussian
+# of variance 1.
 TRIMMED, TRIMMED_MEAN = 0.95, 0.7588
-# A bin that lies this share of the line's variance above or below it counts half.
+# A bin counts half if its variance is this share above or below that of the line.
 HALF_ABOVE, HALF_BELOW = 0.1, 0.3
 MIN_VARIANCE = 0.02  # of the mean variance: a line may cross 0 where it is dark
 MIN_CHANNEL = 0.04  # variance of a channel over the noisiest channel's
@@ -95,7 +95,7 @@ class Noise(NamedTuple):
         return 255 * math.sqrt(sum(variances) / len(variances))
 
     def describe(self, peak=255):
-        """Return a phrase for a person, in numbers in which 1 of the picture is `peak`."""
+        """Describe the noise to a user, in units of which the picture's 1 has `peak`."""
 
         def shown(x):
             return f"{float(f'{x * peak:.3g}'):g}"  # 1280, not 1.28e+03
@@ -118,14 +118,14 @@ class Noise(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What is measured in a picture, by which its noise is named."""
+    """The measurements that decide which kind of noise a picture has."""
 
     lines: tuple  # (gain, offset) of every channel: see Noise
     ends: tuple  # dark and bright intensity: see Noise
     is_small: bool  # whether there is hardly any noise, even with the texture
     ratio: float  # energy of the middle frequencies over that of the highest
     highest: float  # energy of the highest frequencies over that of the lines
-    correlation: float  # largest, of the noise in two channels
+    correlation: float  # of the noise in two channels, the largest
 
 
 CAMERA = Noise("correlated")
@@ -137,7 +137,7 @@ def white(sigma):
 
 
 def noise_of(y, known, sigma=None, camera=False):
-    """Return a picture's noise: white if sigma is given, a camera's if told so, or found."""
+    """Return a picture's noise: white if sigma is given, CAMERA if camera is true, or found."""
     if sigma is not None:
         return white(sigma)
     return CAMERA if camera else find_noise(y, known)
@@ -202,7 +202,7 @@ def _measure(blocks):
 
 
 def _name(evidence):
-    """Return the Noise that Evidence speaks for."""
+    """Return the Noise that Evidence supports."""
     lines, ends = evidence.lines, evidence.ends
     if evidence.ratio > MIN_CORRELATED_RATIO and not evidence.is_small:
         return CAMERA
@@ -226,9 +226,9 @@ def _name_compressed(found, span, channels):
     """Return the Noise of a JPEG.
 
     Args:
-        found: what was measured, a jpeg.Compressed or None.
+        found: the measurements, a jpeg.Compressed or None.
         span: the range of the picture, in its units.
-        channels: their number.
+        channels: the number of channels.
     """
     if not found:
         return Noise("compressed", jpeg=True)
@@ -306,7 +306,7 @@ def _fit_lines(levels, energy):
     """
     low, high = energy[..., LOW].mean(-1), energy[..., HIGH]
     lines = [(0.0, x) for x in np.quantile(high.mean(-1), FLAT_SHARES[0], axis=1)]
-    bins = [np.array_split(order, LEVEL_BINS) for order in levels.argsort(1)]
+    bins = [np.array_split(order, INTENSITY_BINS) for order in levels.argsort(1)]
     for _ in range(5):
         flatness = (low / _variances(lines, levels)).sum(0)
         points = [
@@ -340,26 +340,17 @@ def _measure_bin(levels, energy, flatness):
 
 
 def _fit_line(level, variance, weight):
-    """Fit one line robustly to the points (C, LEVEL_BINS) of all channels.
+    """Fit one line robustly to the points (C, INTENSITY_BINS) of all channels.
 
     Returns each channel's (gain, offset): a channel with stronger noise has the line times
     a number.
     """
     strength, trust = np.ones((len(level), 1)), np.ones(level.shape)
     line = expected = np.full(level.shape, np.median(variance))
-    for looseness in (
-        20,
-        10,
-        7,
-        5,
-        3,
-        2,
-        1,
-        1,
-        1,
-    ):  # a strict start lets few bins decide
-        # Errors are relative to the variance. Dark bins get more weight for it, but not
-        # all: their noise is mostly that of reading.
+    # A strict start would let few bins decide.
+    for looseness in (20, 10, 7, 5, 3, 2, 1, 1, 1):
+        # The errors are about proportional to the variance. The weight is its inverse, not
+        # the inverse square, since the noise of dark bins comes mostly from reading.
         root = trust * weight / np.sqrt(expected)
         columns = np.stack((level * root, root), -1) * strength[..., None]
         gain, offset = np.linalg.lstsq(

@@ -22,10 +22,11 @@ from network.scale import find_scale
 PATCH_SIDE = 512  # pixels; the PSF is estimated from the part with the strongest edges
 # Weight of the number of gradients: at first, divisor after each alternation, at least.
 SPARSE, SPARSE_DIVISOR, MIN_SPARSE = 0.032, 1.1, 1e-4
-# `doubt` compares two estimates: weight for the second, least correlation of a sure PSF.
+# `doubt` compares two estimates: the weight of the second; with less correlation the PSF is
+# uncertain.
 SECOND_SPARSE, MIN_CORRELATION = 0.012, 0.7
-# Alternations at a scale, and what _normalise cuts: at every scale, and at the last one the
-# second time, which starts with the FINE_DIVISOR-th part of the weight.
+# Alternations, and what _normalise cuts: at every scale; when the last one is repeated, from
+# the weight SPARSE / FINE_DIVISOR on.
 ROUGH, FINE, FINE_DIVISOR = (5, 0.05, 0.1), (30, 0.02, 0.02), 5
 # Weight of the PSF's squares, as a share of the gradients' sum of squares.
 RIDGE = 0.002
@@ -207,12 +208,12 @@ def _fit_psf(latent, blurred, inside, side):
         latent, blurred: pictures (H, W), periodic.
         inside: 1 where gradients count, else 0, (H, W).
     """
-    made, seen = inside * _gradients(latent), inside * _gradients(blurred)
+    made, given = inside * _gradients(latent), inside * _gradients(blurred)
     spectrum = scipy.fft.rfft2(made)
     place = np.arange(side) - side // 2
     lags = np.arange(-2 * (side // 2), 2 * (side // 2) + 1)
     shared = scipy.fft.irfft2((np.abs(spectrum) ** 2).sum(0), blurred.shape)
-    wanted = (spectrum.conj() * scipy.fft.rfft2(seen)).sum(0)
+    wanted = (spectrum.conj() * scipy.fft.rfft2(given)).sum(0)
     wanted = scipy.fft.irfft2(wanted, blurred.shape)[np.ix_(place, place)]
     size = [scipy.fft.next_fast_len(3 * side, True)] * 2
     shared = scipy.fft.rfft2(_place(shared[np.ix_(lags, lags)], size))

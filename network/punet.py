@@ -93,13 +93,11 @@ class Punet(nn.Module):
         x, mask = self._encode(enc6, x, mask)  # (N, 48, H/32, W/32)
         for first, second, *last in self.decoder:  # dec5 .. dec1
             skip = skips.pop()  # (N, 48, H/16, W/16), then /8, /4, /2, and (N, C, H, W)
-            x = double(
-                x, skip.shape[2:]
-            )  # (N, 48, H/16, W/16), then (N, 96, H/8, W/8) ..
+            # (N, 48, H/16, W/16), then (N, 96, H/8, W/8) ..
+            x = double(x, skip.shape[2:])
             upsampled = x.shape[1]
-            x = torch.cat(
-                (x, skip), 1
-            )  # (N, 96, ..), then 3 x 144, and (N, 96 + C, H, W)
+            # (N, 96, ..), then 3 x 144, and (N, 96 + C, H, W)
+            x = torch.cat((x, skip), 1)
             x = self._decode(first, x, draw, 0 if self.drop_upsampled else upsampled)
             x = F.leaky_relu(x, 0.1)  # (N, 96, H/16, W/16) .. , and (N, 64, H, W)
             x = self._decode(second, x, draw)
@@ -165,9 +163,9 @@ def double(x, size):
 
 
 def bent_sigmoid(x, bend):
-    """The sigmoid, continued by its tangents below `bend` and above 1 - bend.
+    """Compute the sigmoid, continued by its tangents below `bend` and above 1 - bend.
 
-    Every value can be reached, and the gradient vanishes nowhere. Bend 0: the sigmoid.
+    It reaches every value, and its gradient vanishes nowhere. Bend 0: the plain sigmoid.
     """
     if not bend:
         return torch.sigmoid(x)

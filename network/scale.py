@@ -40,7 +40,7 @@ class Scale(NamedTuple):
     def slope(self, values):
         """Return the derivative of `back` at values (C, H, W) in the learner's units.
 
-        It maps standard deviations back. (C, H, W), or (C, 1, 1) without lines.
+        Standard deviations are mapped back by it. (C, H, W), or (C, 1, 1) without lines.
         """
         if not self.lines:
             return np.full((len(values), 1, 1), self.span)
@@ -146,7 +146,7 @@ def _range(y, known, margin):
     whole = counts > 0  # none, if a mask has only what lies beyond the last whole block
     low, high = extremes(sums[whole] / counts[whole] if whole.any() else entries)
     span = max((high - low) * (1 + 2 * margin), (most - least) / MAX_SPREAD)
-    # A flat picture has the span 0; any other will do.
+    # A flat picture has the span 0. Any positive number replaces it.
     return float(low + high) / 2, float(span) or 1.0
 
 

@@ -5,7 +5,7 @@ import torch
 
 GRID = 32  # pixels; tiles on it are pooled five times just as the whole picture is
 TILE_SIDE = 768  # pixels; bounds the memory of a prediction
-# Pixels that a tile sees around the part that is used; what lies farther off hardly counts.
+# Pixels of a tile around the part that is used; pixels farther away hardly affect it.
 TILE_MARGIN = 128
 
 
