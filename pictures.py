@@ -261,13 +261,13 @@ def read_plain(path, crop):
         if image.format == "TIFF":
             return read_tiff(path, crop)
         image.load()  # a PNG's metadata may lie behind its pixels
-        told, is_png = image.info, image.format == "PNG"
+        info, is_png = image.info, image.format == "PNG"
         if not is_png:
             gray = "L" if image.mode in ("1", "L") else "RGB"
             mode = "RGBA" if image.has_transparency_data else gray
             pixels = np.array(image.convert(mode))
-    metadata = {key: told[key] for key in ("exif", "xmp") if told.get(key)}
-    metadata["iccprofile"] = told.get("icc_profile")
+    metadata = {key: info[key] for key in ("exif", "xmp") if info.get(key)}
+    metadata["iccprofile"] = info.get("icc_profile")
     if is_png:
         data = path.read_bytes()
         pixels = imagecodecs.png_decode(data)
@@ -531,8 +531,8 @@ class Moved(NamedTuple):
 def score_moved(image, clean):
     """Score an image at the shift that fits the clean one best; None where none does.
 
-    An estimated PSF, or one whose mass lies beside its centre, moves the result, and its
-    plain PSNR means little. The shift, to 1/20 of a pixel, maximises the cross-correlation
+    An estimated PSF, or one whose mass lies off its centre, moves the result, and the
+    result's plain PSNR means little. The shift, to 1/20 of a pixel, maximises the cross-correlation
     (Guizar-Sicairos et al. 2008). We move the clean image, because interpolation would
     average the other's noise, and leave out a border as wide as the shift. Images (C, H, W).
     """
@@ -548,8 +548,8 @@ def score_moved(image, clean):
     for _ in range(3):
         moved = scipy.ndimage.shift(fixed, shift, mode="nearest")
         pair = [(x - x.mean()) * window for x in (gray, moved)]
-        told = {"upsample_factor": 20, "normalization": None}
-        shift = shift + phase_cross_correlation(*pair, **told)[0]
+        settings = {"upsample_factor": 20, "normalization": None}
+        shift = shift + phase_cross_correlation(*pair, **settings)[0]
         if (np.abs(shift) > np.array(fixed.shape) / 4).any():
             return None
     edge = math.ceil(np.abs(shift).max())

@@ -119,7 +119,7 @@ class Source:
         self.picture = picture = pictures.read_picture(path, args.crop)
         known = self._read_known()
         self.image = picture.image  # (C, H, W), 1 is the file's peak
-        # What results are scored against, but for its NaN entries.
+        # The reference for scores; its NaN entries do not count.
         self.clean = self._read_reference() if args.reference else None
         if args.observed:
             widths = (0, 0), *margin
@@ -166,7 +166,7 @@ class Source:
         return np.broadcast_to(clean, self.picture.image.shape)
 
     def _refuse_misfit(self, path, other, channels):
-        """Raise InputError if another Picture differs in size, or in channels but for 1."""
+        """Raise InputError unless a Picture has our size, and one channel or as many as ours."""
         ours = self.picture.uncropped
         same_size = other.uncropped.split()[0] == ours.split()[0]
         if not same_size or channels not in {1, len(self.picture.image)}:
@@ -295,7 +295,7 @@ class Result:
         self.folder, self.write_logs = folder, write_logs
         self.name = "/".join(utils.result_names(path))
         self.progress = Progress(self.name)
-        # A training whose schedule has come to its end cannot be made longer.
+        # A training can be made longer only if its learning rate is constant.
         self.extends = args.schedule == "constant"
         self.may_be_moved = False  # by its PSF: it is scored at the best shift, too
         self.source = self.learner = self.observation = None
@@ -351,7 +351,7 @@ class Result:
     def _describe(self, noise, exact):
         """Add to the record what the picture is, and what the result depends on."""
         source, clean, peak = self.source, self.source.clean, self.source.picture.peak
-        told, scores = noise.describe(peak), None
+        description, scores = noise.describe(peak), None
         heading = f"{self.name}: {source.size}"
         if clean is not None:
             scores = pictures.score(self.observation, clean)
@@ -359,7 +359,7 @@ class Result:
             low, high = pictures.black_and_white(clean)
             if (low, high) != (0, 1):
                 heading += f" (peak: the reference's range, {peak * (high - low):.4g})"
-        heading += f", noise: {told}"
+        heading += f", noise: {description}"
         if noise.lines and not source.eight_bits:
             flag = f", --noise_sigma {float(f'{noise.sigma():.3g}'):g}"
             flag = flag if self.args.observed and noise.kind == "white" else ""
@@ -380,7 +380,7 @@ class Result:
         sums = {"image or noise": utils.digest([self.observation])}
         sums["reference"] = utils.digest(None if clean is None else [clean])
         made_from = self.settings | recipe | sums | {"device": self.args.device.type}
-        self.record |= {"size": source.size, "heading": heading, "noise": told}
+        self.record |= {"size": source.size, "heading": heading, "noise": description}
         self.record |= {"observation": scores, "made_from": made_from}
         self.record["loss_every"] = self.learner.LOSS_EVERY
 
@@ -549,7 +549,7 @@ class Result:
 
 
 def read_record(folder):
-    """Return the record of a results folder; None if there is none of ours."""
+    """Return the record of a results folder; None if this program has written none."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads((folder / "record.json").read_text())
         ours = {"made_from", "iteration", "rows", "losses", "finished", "written"}

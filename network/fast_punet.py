@@ -40,9 +40,9 @@ class FastPunet(Punet):
 
 
 def agrees(network, path, device):
-    """Tell whether a path computes what Punet.forward computes; compare once a process.
+    """Tell whether a path computes what Punet.forward computes.
 
-    A network of other layers or settings is compared anew.
+    A process compares once for each set of layers and settings.
 
     Args:
         network: a Punet.

@@ -50,7 +50,7 @@ class Compressed(NamedTuple):
     """The noise of a JPEG. Standard deviations are those of each channel, 0-255 scale."""
 
     sigma: float  # before compression
-    is_told: bool  # whether enough nonzero coefficients are left to measure sigma
+    is_certain: bool  # whether enough nonzero coefficients are left to measure sigma
     ratio: float  # variance in the middle frequencies over the high ones; 0: not known
     growth: float  # sigma in the brighter half of the blocks over that in the other
     least: float  # a lower estimate: after compression, or in the high frequencies
@@ -141,7 +141,7 @@ def measure_jpeg(y, known, grid):
     expected = _expected(flat, steps, middle)
     part = (ORDER >= 4) & (steps > 0)
     nonzero = np.abs(flat[:, part]) > steps[part] / 2
-    is_told = nonzero.sum() >= MIN_NUMBER and (
+    is_certain = nonzero.sum() >= MIN_NUMBER and (
         nonzero.mean() >= MIN_SHARE or expected > MIN_EXPECTED
     )
     left = math.sqrt((flat[:, ORDER >= 4] ** 2).mean())  # texture is mostly lower
@@ -151,7 +151,7 @@ def measure_jpeg(y, known, grid):
     )
     return Compressed(
         sigma=sigma / each,
-        is_told=bool(is_told),
+        is_certain=bool(is_certain),
         ratio=(middle / high) ** 2 if expected > MIN_EXPECTED else 0.0,
         growth=bright / dark,
         least=(min(left, high) if expected > MIN_EXPECTED else left) / each,

@@ -44,7 +44,7 @@ MIN_DARKEST = 0.005  # variance at the darkest intensity over that at a bright o
 # Energy of the middle frequencies over that of the highest. White noise has 1, noise
 # blurred by 0.6 pixels has 4. Texture adds to it where there is hardly any noise.
 MAX_WHITE_RATIO, MIN_CORRELATED_RATIO = 1.4, 2.8
-MIN_SIGMA = 1  # where 255 is the picture's range: less is no noise worth removing
+MIN_SIGMA = 1  # where 255 is the picture's range; less noise is not worth removing
 MAX_CORRELATION = 0.3  # of the noise in two channels that counts as independent
 MIN_GROWTH = 1.2  # sigma where it is bright over sigma where it is dark
 MAX_STRENGTH = 1.4  # variance of one channel over another's that counts as equal
@@ -58,8 +58,8 @@ class Noise(NamedTuple):
     """The noise of a picture."""
 
     # white: the same at every intensity; growing: white, stronger where it is bright;
-    # correlated: shared by neighbours or channels; compressed: a JPEG's, of which nothing
-    # else can be told; none; unknown.
+    # correlated: shared by neighbours or channels; compressed: a JPEG's, of no certain
+    # kind; none; unknown.
     kind: str
     # (gain, offset) of every channel, in the picture's units: the variance at an intensity
     # is gain * intensity + offset. Empty where it is not known.
@@ -73,8 +73,8 @@ class Noise(NamedTuple):
     def is_white(self):
         """Tell whether a filter for white noise can be told its sigma.
 
-        Noise that cannot be told from texture counts: its sigma is taken from where there
-        is the least texture, so a filter removes little of the picture.
+        Noise that texture hides counts, too: its sigma is measured where there is the least
+        texture, so a filter removes little of the picture.
         """
         return bool(self.lines)
 
@@ -237,7 +237,7 @@ def _name_compressed(found, span, channels):
         return Noise(kind, ((0.0, (sigma / 255) ** 2),) * channels, jpeg=True)
 
     grows = found.growth > MAX_JPEG_GROWTH
-    strong = found.is_told and found.sigma >= MIN_JPEG_SIGMA * span
+    strong = found.is_certain and found.sigma >= MIN_JPEG_SIGMA * span
     if strong and found.ratio < MAX_JPEG_RATIO and not grows:
         return even("white", found.sigma)
     if found.ratio > MIN_CORRELATED_RATIO or found.sharpness < MIN_SHARPNESS:

@@ -28,14 +28,8 @@ FULL_ENSEMBLE = 2**18  # pixels; an ensemble of a larger picture has fewer predi
 # learnt how bright a lamp is, and fusing ignores the entry.
 MAX_BELOW = 0.1
 ATTEMPT_SEED = 1_000_003  # difference of the seeds of two attempts
-COUNTED = (
-    "step",
-    "loss_steps",
-    "attempt",
-    "lr",
-    "notes",
-    "losses",
-)  # state, not tensors
+# The part of a learner's state that is not tensors.
+COUNTED = ("step", "loss_steps", "attempt", "lr", "notes", "losses")
 
 
 def dropped_loss(degraded, y, judged):
@@ -272,8 +266,8 @@ class Self2Self:
         """Return how many predictions are averaged: fewer for a large picture.
 
         If training uses windows, the ensemble has so few predictions that it takes no
-        longer than that of 512x512 pixels, but 10 at least. Those that training made join
-        them.
+        longer than that of 512x512 pixels, but 10 at least: those that training made are
+        many.
         """
         if self.window.is_whole:
             return num_prediction

@@ -103,7 +103,7 @@ def test_fusing_without_noise_gives_y_and_with_much_the_ensemble(channels):
 
 
 @pytest.mark.parametrize("operator", [identity, CircularBlur(gaussian_psf(15, 1.0))])
-def test_fusing_does_not_believe_a_level_far_too_low(operator, monkeypatch):
+def test_fusing_does_not_believe_a_sigma_far_too_low(operator, monkeypatch):
     """White textures have no similar patches: frequencies alone."""
     monkeypatch.setattr(noisy, "SECOND_SHARE", 0)
     monkeypatch.setattr(noisy, "filter_slabs", without_pass)
@@ -118,12 +118,12 @@ def test_fusing_does_not_believe_a_level_far_too_low(operator, monkeypatch):
     assert errors[2] < errors[0] * 1.1
 
 
-def test_an_unknown_level_is_that_of_the_residual():
+def test_an_unknown_sigma_is_that_of_the_residual():
     blur = CircularBlur(gaussian_psf(15, 1.0))
     _, f, y = observed(0.05, 0.1)
     residual = y - blur(torch.from_numpy(f)[None])[0].numpy()
-    level = 255 * np.sqrt((residual**2).mean())
-    for made, told in zip(*(fused(f, y, s, 0.05, blur) for s in (None, level))):
+    sigma = 255 * np.sqrt((residual**2).mean())
+    for made, told in zip(*(fused(f, y, s, 0.05, blur) for s in (None, sigma))):
         assert np.abs(made - told).mean() < 1e-3
 
 

@@ -55,7 +55,7 @@ def test_noise_that_grows_is_found_with_its_gain(gain, own, times, plus):
 
 def test_a_line_leaves_some_noise_where_a_picture_is_darkest():
     """Else all that is darker would come out alike."""
-    line, steep = (0.01, -0.002), (0.01, -0.005)  # which is 0 at a level of 0.5
+    line, steep = (0.01, -0.002), (0.01, -0.005)  # which is 0 at the intensity 0.5
     assert bound_slope(line, 0.3, 0.8) == line
     gain, offset = bound_slope(steep, 0.3, 0.8)
     assert gain * 0.8 + offset == pytest.approx(0.003)

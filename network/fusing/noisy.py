@@ -110,7 +110,7 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
         noise = max((sigma / 255) ** 2, noise.item())
     divisor = bound_power(power, noise / error)
     ratio = noise * (1 / divisor).mean((1, 2), keepdim=True) / error
-    # However small the variance, twice the noise's energy is no chance: 1 to 2.
+    # From 1 to 2: even if the variance is tiny, chance does not double the noise's energy.
     caution = 1 + (CAUTION * ratio**2).clamp(max=1)
     residual = wiener(residual, caution * noise)
     pilot = f + convolve(residual, transfer.conj() / divisor)
