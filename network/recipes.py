@@ -132,8 +132,6 @@ FUSED = {"width": 0.5}
 # Smaller windows save as much again. They would cover too little of a picture with more than
 # MAX_SMALL pixels.
 FUSED_SMALL, MAX_SMALL = FUSED | {"window": 256}, 2**18
-# Under a blur, plug and play needs no better start than this.
-FUSED_BLURRED = {"iteration": 250}
 
 
 def adapt(
@@ -181,7 +179,7 @@ def adapt(
     device = given.get("device")
     on_cuda = device is not None and device.type == "cuda"
     if not on_cuda and "none" not in (recipe.fuse, values["fuse"]):
-        less = _less_for_cpu(y, known, blurred)
+        less = _less_for_cpu(y, known)
         values |= {field: given.get(field, value) for field, value in less.items()}
     recipe = dataclasses.replace(recipe, **values)
     if recipe.precision == "auto":
@@ -237,11 +235,11 @@ def _what_is_fused(recipe, noise, values, holes, blurred, given):
     return "holes" if filled else "noise"
 
 
-def _less_for_cpu(y, known, blurred):
+def _less_for_cpu(y, known):
     """Return the fields that save time on a CPU if the result is fused."""
     known = np.broadcast_to(known.any(0), y.shape[1:])  # a blur's margin does not count
     small = known.any(0).sum() * known.any(1).sum() <= MAX_SMALL
-    return (FUSED_SMALL if small else FUSED) | (FUSED_BLURRED if blurred else {})
+    return FUSED_SMALL if small else FUSED
 
 
 def multiplies_bfloat16(device):

@@ -184,7 +184,7 @@ def test_a_clean_picture_has_none_and_comes_back():
     recipe, _ = chosen("--observed", y=photograph(), eight_bits=False)
     assert (recipe.iteration, recipe.fuse, recipe.photons) == (0, "none", None)
     recipe, _ = chosen("--observed", "deblur", photograph())
-    assert recipe.iteration == 250 and recipe.fuse == "noise" and 0 < recipe.noise < 2
+    assert recipe.iteration == 500 and recipe.fuse == "noise" and 0 < recipe.noise < 2
 
 
 def test_where_it_cannot_be_told_that_is_said():
