@@ -381,7 +381,12 @@ def parse_arguments(description, defaults, recipes, argv=None):
         shown = "" if default is None else f" (default: {default})".replace("%", "%%")
         how |= {"help": help_text + shown, "default": argparse.SUPPRESS}
         parser.add_argument(f"--{key}", **how)
+    how = {"nargs": "?", "type": text, "default": argparse.SUPPRESS}
+    parser.add_argument("picture", help="the same as --path", **how)
     line = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
+    if {"picture", "path"} <= line.keys():
+        parser.error(f"{line['picture']!r} and --path: one of them")
+    line = {"path" if key == "picture" else key: line[key] for key in line}
     script = vars(parser.parse_args(words))
     args = argparse.Namespace(**dict.fromkeys(defaults) | script | line)
     args.given = {key for key, value in line.items() if value != script.get(key)}
@@ -392,6 +397,8 @@ def parse_arguments(description, defaults, recipes, argv=None):
         args.device = open_device(args.device)  # last: no error follows
     except InputError as error:
         parser.error(str(error))
+    if not args.observed and "sigma" not in line and os.path.exists(args.path):
+        print(f"{args.path}: noise is ADDED; --observed restores the picture itself")
     return args
 
 

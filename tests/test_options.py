@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, SCRIPTS, WHOLE, chosen, parse
+from scripts import ROOT, SCRIPTS, WHOLE, chosen, parse, write
 
 import deblur
 import denoise
@@ -272,3 +272,25 @@ def test_a_psf_is_named_in_the_folder():
     assert all(name.startswith("sigma10_k-") for name in names)
     _, name = deblur.choose_psf(parse("--kernel_size 9 --kernel_sigma 1.5", "deblur"))
     assert name == "gaussian9-1.5"
+
+
+def test_the_picture_may_stand_without_a_flag(capsys):
+    assert parse("a.png --observed").path == "a.png"
+    assert parse("--observed a.png").path == "a.png"
+    assert parse("").path == "camera"
+    with pytest.raises(SystemExit) as stop:
+        parse("a.png --path b.png")
+    assert stop.value.code == 2
+    assert "'a.png' and --path: one of them" in capsys.readouterr().err
+
+
+def test_who_did_not_ask_for_noise_is_told_that_it_is_added(capsys):
+    write("a.png")
+    for flags, told in (
+        ("a.png", True),
+        ("a.png --observed", False),
+        ("a.png --sigma 9", False),
+        ("", False),
+    ):
+        parse(flags)
+        assert ("ADDED" in capsys.readouterr().out) == told
