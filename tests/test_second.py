@@ -5,8 +5,9 @@ import pytest
 import torch
 from references import by_groups, decibels, naive_filter, saved
 from skimage import data
-from tensors import random_image, seeded
+from tensors import random_image, seeded, without_rounds
 
+from network.blur import CircularBlur
 from network.fusing import noisy as fusing_noisy
 from network.fusing import second, similar
 from network.fusing.second import second_estimate
@@ -93,16 +94,27 @@ def test_rounds_bring_more_than_the_first_step():
     assert last > first + 0.8
 
 
-def test_a_networks_result_gains_by_it_unless_blurred(monkeypatch):
-    clean, known = saved("denoise")
+@pytest.mark.parametrize("script, gain", [("denoise", 0.1), ("deblur", 0.02)])
+def test_a_networks_result_gains_by_it(script, gain, monkeypatch):
+    clean, known = saved(script)
     result, _ = fusing_noisy.fuse_noisy(*known)
     monkeypatch.setattr(fusing_noisy, "SECOND_SHARE", 0)
-    assert (
-        decibels(result, clean)
-        > decibels(fusing_noisy.fuse_noisy(*known)[0], clean) + 0.1
-    )
-    monkeypatch.setattr(fusing_noisy, "second_estimate", None)
-    fusing_noisy.fuse_noisy(*saved("deblur")[1])
+    without, _ = fusing_noisy.fuse_noisy(*known)
+    assert decibels(result, clean) > decibels(without, clean) + gain
+
+
+def test_under_a_blur_half_of_its_difference_is_inverted(monkeypatch):
+    """Its place is taken by the clean picture, blurred."""
+    clean = random_image(1, 33, 32)
+    blur = CircularBlur(np.array([[0, 0.05, 0], [0.1, 0.7, 0.1], [0, 0.05, 0]]))
+    blurred, f = blur(clean[None])[0], clean + 0.1 * random_image(1, 33, 32, seed=1)
+    given = f, torch.full_like(f, 0.01), blurred, torch.ones(1), 1, blur
+    monkeypatch.setattr(fusing_noisy, "refine", without_rounds)
+    monkeypatch.setattr(fusing_noisy, "second_estimate", lambda *_: blurred)
+    result, _ = fusing_noisy.fuse_noisy(*given)
+    monkeypatch.setattr(fusing_noisy, "SECOND_SHARE", 0)
+    start, _ = fusing_noisy.fuse_noisy(*given)
+    np.testing.assert_allclose(result, (start + clean.numpy()) / 2, atol=1e-4)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 50])

@@ -1,9 +1,7 @@
 """Fusing the ensemble with an observation without noise, whose entries are partly missing."""
 
-import math
-
 import torch
-from torch.nn import functional as F
+from scipy.ndimage import gaussian_filter
 
 from network.fusing.noisy import SPREAD, opponent
 from network.fusing.similar import filter_groups
@@ -63,13 +61,9 @@ def spread_residual(residual, known):
         known: 1 where an entry is known, else 0: (C, H, W) or (1, H, W).
     """
     width = 0.7 / known.mean().sqrt().item()  # standard deviation in pixels
-    reach = math.ceil(3 * width)
-    profile = torch.exp(-((torch.arange(-reach, reach + 1) / width) ** 2) / 2)
-    down, across = (profile.to(residual).view(1, 1, *s) for s in ((-1, 1), (1, -1)))
     total, weight = (
-        F.conv2d(
-            F.conv2d(x[:, None], down, padding=(reach, 0)), across, padding=(0, reach)
-        )[:, 0]
+        gaussian_filter(x.cpu().numpy(), (0, width, width), mode="constant", truncate=3)
         for x in (residual * known, known)
     )
-    return torch.where(known > 0, residual, total / weight.clamp(min=1e-6))
+    spread = torch.from_numpy(total / weight.clip(1e-6)).to(residual)
+    return torch.where(known > 0, residual, spread)

@@ -30,7 +30,9 @@ ENERGY_SIDE = 25  # pixels; the residual's energy in such a window tells the err
 # squared error, s^2 the noise's variance and q = s^2 / e.
 SPREAD = 2.2  # e = SPREAD * variance of the predictions
 CAUTION = 0.001  # energy that counts as noise = s^2 * (1 + min(1, CAUTION * q^2))
-SECOND_SHARE = 0.5  # of the second estimate in its mean with the second pass
+SECOND_SHARE = 0.5  # of the second estimate in its mean with the other
+# Under a blur its difference is inverted where the blur's power exceeds DAMPING s^2 / e.
+DAMPING = 0.2
 # If the first pass leaves the share l of e, the second leaves l * (1 - REMOVED * (1 - l)).
 REMOVED = 0.3
 
@@ -71,7 +73,8 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     Without a blur a second pass over similar patches follows: see `similar.filter_slabs`.
     It is averaged with `second.second_estimate`, which uses y alone and so errs
     differently. Where this risks more than f errs, f is kept: see `keep_safer`. Under a
-    blur `plug.refine` follows instead.
+    blur `plug.refine` follows instead. There the second estimate is one of A(x): half of
+    what it differs by is inverted and added.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
@@ -101,7 +104,7 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     # Beside unknown entries, such as lamps, predictions vary more than elsewhere.
     error = (known * variance).mean((1, 2), keepdim=True) / known.mean()
     error = (SPREAD * error).clamp(min=1e-12)
-    residual = known * (y - forward_operator(f[None])[0])
+    residual = y - forward_operator(f[None])[0]  # 0 where y is unknown
     impulse = y.new_zeros(1, 1, *size)
     impulse[..., 0, 0] = 1
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
@@ -127,15 +130,16 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
         if noise > (MIN_PLUG_SIGMA / 255) ** 2:
             start = pilot
             pilot, expected = refine(start, error, y, known, noise, transfer)
+            rest = second_estimate(y, noise) - convolve(pilot, transfer)
+            inverse = transfer.conj() / (power + DAMPING * noise / error)
+            pilot += SECOND_SHARE * convolve(rest, inverse)
             if quiet < MAX_QUIET * noise:
                 # The rest of what is called noise is the PSF's error, which rounds repeat.
                 pilot = (start + pilot) / 2
     elif noise > (MIN_PASS_SIGMA / 255) ** 2:
         expected *= 1 - REMOVED * (1 - left)
-        second = second_estimate(y, noise)
-        restored = f + convolve(
-            known * (y - forward_operator(f[None])[0]), transfer.conj()
-        )
+        restored = convolve(y, transfer.conj())  # A may move the picture
+        second = second_estimate(restored, noise)
         inputs = f, variance, restored, noise
         slabs, top = [], 0
         for estimate, risk in filter_slabs(pilot, restored, noise):
@@ -187,12 +191,5 @@ def quiet_energy(residual):
     """
     # One plane after the other, to save memory.
     spectra = (torch.fft.rfft2(plane, norm="ortho").abs() ** 2 for plane in residual)
-    bins = [
-        [
-            part.mean()
-            for rows in spectrum.tensor_split(BINS)
-            for part in rows.tensor_split(BINS, 1)
-        ]
-        for spectrum in spectra
-    ]
-    return torch.tensor(bins).mean(0).quantile(QUIET_SHARE).item()
+    bins = [F.adaptive_avg_pool2d(spectrum[None], BINS) for spectrum in spectra]
+    return torch.cat(bins).mean(0).quantile(QUIET_SHARE).item()

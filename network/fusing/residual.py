@@ -1,7 +1,7 @@
 """Fusing's first pass: a Wiener filter of the residual, frequency by frequency."""
 
-import math
-
+import numpy as np
+import scipy.fft
 import torch
 from torch.nn import functional as F
 
@@ -20,9 +20,7 @@ def cosines():
 
     (PATCH**2, 1, PATCH, PATCH): one weight for each frequency.
     """
-    k = torch.arange(PATCH, dtype=torch.float64)
-    waves = torch.cos(math.pi / PATCH * (k + 0.5) * k[:, None]) * math.sqrt(2 / PATCH)
-    waves[0] /= math.sqrt(2)
+    waves = torch.from_numpy(scipy.fft.dct(np.eye(PATCH), axis=0, norm="ortho"))
     planes = waves[:, None, :, None] * waves[:, None, :]
     return planes.reshape(PATCH**2, 1, PATCH, PATCH).float()
 
