@@ -73,3 +73,23 @@ def test_large_pictures_have_fewer_rounds(monkeypatch):
         rounds.clear()
         plug.refine(z, torch.full((1, 1, 1), 1e-3), z, 1, 1e-4, transfer())
         assert len(rounds) == expected
+
+
+def test_a_wiener_filters_error_is_that_of_the_pictures_spectrum():
+    """The picture's spectrum is a power law; the blur is none, or a box with zeros."""
+    size, noise = 128, 1e-3
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
+    spectrum = 1e-4 * frequency.clip(1 / size) ** -2.5
+    draws = np.random.default_rng(0).standard_normal((2, size, size))
+    waves = np.fft.rfft2(draws, norm="ortho") * np.sqrt(spectrum)
+    images = torch.from_numpy(np.fft.irfft2(waves, norm="ortho"))
+    for width in (1, 9):
+        box = np.zeros((size, size))
+        box[:width, :width] = 1 / width**2
+        power = np.abs(np.fft.rfft2(box)) ** 2
+        expected = (spectrum * noise / (power * spectrum + noise)).mean()
+        made = plug.wiener_error(images, torch.from_numpy(power)[None], noise)
+        if width == 1:
+            assert made.flatten().tolist() == pytest.approx([expected] * 2, rel=0.1)
+        else:  # what the zeros have taken is told from its neighbours
+            assert 0.4 * expected < made.mean() < 0.95 * expected
