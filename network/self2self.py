@@ -1,32 +1,22 @@
 """Self2Self (Quan, Chen, Pang, Ji, CVPR 2020): learning one image from its observation."""
 
 import copy
-import functools
-import itertools
 
-import numpy as np
 import torch
 
-from network import health
+from network import health, restoring
 from network.blur import check_operator
+from network.capture import capture
 from network.checks import check_observation
-from network.cpu import keep_memory, tune_cpu
-from network.ensemble import Ensemble, Restoration
+from network.cpu import tune_cpu
+from network.ensemble import Ensemble
 from network.fast_punet import FastPunet
-from network.fusing import fuse
 from network.fusing.noisy import opponent
 from network.masks import BernoulliMasks, flip
 from network.muon import make_optimizers, moments
 from network.scale import UNIT
-from network.windows import Window, tiles
+from network.windows import Window
 
-# Pixels in one forward pass of the ensemble, at least one sample: enough to fill a GPU, few
-# enough for a CPU's cache.
-PREDICTION_PIXELS = {"cuda": 2**20, "cpu": 1, "mps": 2**18}
-FULL_ENSEMBLE = 2**18  # pixels; an ensemble of a larger picture has fewer predictions
-# If A(f) lies farther below a clipped entry, in the learner's units, the network has not
-# learnt how bright a lamp is, and fusing ignores the entry.
-MAX_BELOW = 0.1
 ATTEMPT_SEED = 1_000_003  # difference of the seeds of two attempts
 # The part of a learner's state that is not tensors.
 COUNTED = ("step", "loss_steps", "attempt", "lr", "notes", "losses")
@@ -41,12 +31,6 @@ def dropped_loss(degraded, y, judged):
         judged: 1 - m, of the same shape: 1 where the loss counts an entry, else 0.
     """
     return (judged * (degraded - y) ** 2).sum() / judged.count_nonzero().clamp(min=1)
-
-
-@functools.cache
-def capture_stream(device):
-    """Return the one stream for all captures on a device: every stream keeps workspace."""
-    return torch.cuda.Stream(device)
 
 
 class Self2Self:
@@ -166,28 +150,6 @@ class Self2Self:
                 network.start_at((sums / counts).cpu())
         return network
 
-    def _tensors(self):
-        """List every tensor that a training step changes."""
-        sums = self.ensemble.tensors() if self.ensemble else ()
-        learnt = *self.network.state_dict().values(), *moments(self.optimizers)
-        return [*learnt, self.last_loss, self.loss_sum, *self.health.tensors(), *sums]
-
-    def state_dict(self):
-        """Return all that the coming steps depend on: numbers, and tensors that steps change."""
-        self.read_losses()
-        tensors = [tensor.detach() for tensor in self._tensors()]
-        state = {"tensors": tensors, "masks": self.masks.state()}
-        return state | {name: getattr(self, name) for name in COUNTED}
-
-    def load_state_dict(self, state):
-        """Continue from a state_dict of the same image, settings and device type."""
-        with torch.no_grad():
-            for tensor, saved in zip(self._tensors(), state["tensors"], strict=True):
-                tensor.copy_(saved)
-        self.masks.load_state(state["masks"])
-        for name in COUNTED:
-            setattr(self, name, copy.copy(state[name]))
-
     def train_step(self):
         """Take one optimiser step on `bs` Bernoulli samples of the observation.
 
@@ -203,11 +165,10 @@ class Self2Self:
             factor = left * min(1.0, 20 * (self.step + 1) / recipe.iteration)
         self.rate.fill_(self.lr * factor)
         if self.ensemble:
-            self.prediction_weight.fill_(self._weight_of(self.step + 1))
+            self.prediction_weight.fill_(self.weight_of(self.step + 1))
         self.window.move(self.seed, self.attempt, self.step)
         if self.captures:
-            if self.graph is None:
-                self._capture()
+            self.graph = self.graph or capture(self._train, self)
             self.graph.replay()
         else:
             self._train()
@@ -222,161 +183,30 @@ class Self2Self:
             if not self.alive():
                 self._start_over_or_give_up()
 
-    def read_losses(self):
-        """Return the losses of steps LOSS_EVERY, 2 LOSS_EVERY, ... so far. Reads the device."""
-        new = self.step // self.LOSS_EVERY - len(self.losses)
-        self.losses += self.recent[:new].tolist() if new else []
-        return self.losses
-
-    def _weight_of(self, step):
-        """Return the weight in the ensemble of the predictions that a step makes."""
-        return (step / self.recipe.iteration) ** self.recipe.averaging_power
-
-    def alive(self):
-        """Tell whether the network learns: see health.Health. Reads the device."""
-        return self.health.lives(self.step)
-
-    def _start_over_or_give_up(self):
-        """Restart a dead network, or raise FloatingPointError: see train_step."""
-        death = f"the network died (constant or non-finite output) by step {self.step}"
-        if self.step > health.EARLY or self.attempt == health.ATTEMPTS:
-            lr = self.recipe.lr
-            raise FloatingPointError(f"{death}; a lower --lr than {lr:g} cures it")
-        self.restart()
-        self.notes.append(
-            f"{death}: started over at the mean, learning rate {self.lr:g}"
-        )
-
-    def restart(self):
-        """Start over at step 0, with new weights and half the learning rate.
-
-        The network begins at the observation's mean.
-        """
-        self.attempt, self.lr = self.attempt + 1, self.lr / 2
-        self.step = self.loss_steps = 0
-        self.losses.clear()
-        for tensor in self._tensors():
-            tensor.detach().zero_()
-        self.network.load_state_dict(
-            self._new_network(self.attempt, "mean").state_dict()
-        )
-        self.masks.seed(self.seed, 0)
-
-    def ensemble_size(self, num_prediction):
-        """Return how many predictions are averaged: fewer for a large picture.
-
-        If training uses windows, the ensemble has so few predictions that it takes no
-        longer than that of 512x512 pixels, but 10 at least: those that training made are
-        many.
-        """
-        if self.window.is_whole:
-            return num_prediction
-        affordable = int(num_prediction * FULL_ENSEMBLE / self.y[0, 0].numel())
-        return min(num_prediction, max(10, affordable))
-
-    @torch.inference_mode()
-    def predict(self, num_prediction, advance=lambda n: None):
-        """Average the dropout ensemble (paper, equation 8).
-
-        With an `averaging_power` the predictions that training has made so far join it.
-        The masks and dropout of the new ones depend on the seed and the step alone, so
-        predicting does not change the training.
-
-        Args:
-            num_prediction: number of predictions by the present weights; see
-                ensemble_size.
-            advance: function that gets the number of predictions made since its last call.
-
-        Returns:
-            The Restoration, in y's units and type.
-        """
-        if self.recipe.iteration == 0:  # there is nothing to learn
-            y = self.y[0].cpu().numpy()
-            image = self.recipe.scale.back(y, self.observed_dtype)
-            return Restoration(image, np.zeros_like(image), y)
-        num_prediction = self.ensemble_size(num_prediction)
-        masks = BernoulliMasks(self.device, self.seed, self.step)
-        size = max(1, PREDICTION_PIXELS[self.device.type] // self.y[0, 0].numel())
-        if self.ensemble and self.step:
-            ensemble = self.ensemble.divided(self._weight_of(self.step))
-        else:
-            ensemble = Ensemble(self.y[0], opponent(self.y[0]))
-        for start in range(0, num_prediction, size):
-            n = min(size, num_prediction - start)
-            ensemble.add(self._predict(masks, n))
-            advance(n)
-        mean, variance = ensemble.mean_and_variance()
-        mean, variance = mean.cpu().numpy(), variance.cpu().numpy()
-        by_plane = (self.recipe.scale.slope(mean) ** 2).mean(0)
-        image = self.recipe.scale.back(mean, self.observed_dtype)
-        return Restoration(image, self._typed(variance * by_plane), mean)
-
-    def _typed(self, values):
-        return values.astype(self.observed_dtype)
-
-    def _predict(self, masks, n):
-        """Predict the whole picture, tile by tile, from n Bernoulli samples."""
-        rows, columns = map(tiles, self.y.shape[2:])
-        if len(rows) == len(columns) == 1:
-            return self._sample(masks, self.y, self.known, n)[0]
-        whole = self.y.new_zeros(n, *self.y.shape[1:])
-        for (top, bottom, down), (left, right, across) in itertools.product(
-            rows, columns
-        ):
-            y, known, part = (
-                x[..., top:bottom, left:right] for x in (self.y, self.known, whole)
-            )
-            weight = (down[:, None] * across).to(y)
-            part += self._sample(masks, y, known, n)[0] * weight
-        return whole
-
-    def fuse(self, restored):
-        """Fuse an ensemble with the observation: see fusing.fuse.
-
-        Args:
-            restored: the Restoration that `predict` gave.
-
-        Returns:
-            The restoration, (C, H, W), in y's units, and its predicted squared error, in
-            their squares. If the recipe does not fuse: the ensemble's image, and None.
-        """
-        if self.recipe.fuse == "none":
-            return restored.image, None
-        scale, known = self.recipe.scale, self.known
+    def _train(self):
+        recipe, window = self.recipe, self.window.place()
+        y, known = (x[:, :, *window] for x in (self.y, self.known))
+        counts = self.draw_photons(y.expand(recipe.bs, -1, -1, -1))
+        prediction, mask = self.sample(self.masks, counts, known, recipe.bs)
+        judged = (known - mask if recipe.drop_rate else known) * self.window.inner
+        judged = judged.expand_as(prediction)
+        degraded = self.forward_operator(prediction)
         if self.clipped is not None:
-            degraded = self.forward_operator(
-                torch.as_tensor(restored.mean)[None].to(self.y)
-            )
-            believed = (self.y > degraded) & (self.y < degraded + MAX_BELOW)
-            known = known * (~self.clipped | believed)
-        keep_memory(2**26, 2**28)  # fusing makes many tensors as large as the picture
-        try:
-            mean, variance = restored.mean, restored.variance
-            variance = variance / (scale.slope(mean) ** 2).mean(0)
-            fused, error = fuse(
-                self.recipe.fuse,
-                mean,
-                variance,
-                self.y[0],
-                known[0],
-                self.recipe.noise,
-                self.forward_operator,
-            )
-        finally:
-            tune_cpu()
-        error = error * scale.slope(fused) ** 2
-        return scale.back(fused, self.observed_dtype), self._typed(error)
+            clipped = self.clipped[:, :, *window]
+            y = y.where(~clipped, torch.maximum(y, degraded.detach()))
+        loss = self.loss(degraded, y, judged)
+        self.network.zero_grad()
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        loss, prediction = loss.detach(), prediction.detach()
+        self.loss_sum += loss
+        self.last_loss.copy_(loss)
+        self.health.watch(loss, prediction)
+        if self.ensemble:
+            self.ensemble.add(prediction, self.prediction_weight, window)
 
-    def mean_loss(self):
-        """Return the mean loss of the steps since `reset_mean_loss`. Reads the device."""
-        return self.loss_sum.item() / max(1, self.loss_steps)
-
-    def reset_mean_loss(self):
-        """Forget the losses so far: `mean_loss` covers the steps from now on."""
-        self.loss_sum.zero_()
-        self.loss_steps = 0
-
-    def _sample(self, masks, y, known, n):
+    def sample(self, masks, y, known, n):
         """Predict from n Bernoulli samples of y, or of a part of it.
 
         Args:
@@ -409,41 +239,106 @@ class Self2Self:
         counts = self.masks.poisson(n * (y - black).abs())
         return black + (y - black).sign() * counts / n
 
-    def _train(self):
-        recipe, window = self.recipe, self.window.place()
-        y, known = (x[:, :, *window] for x in (self.y, self.known))
-        counts = self.draw_photons(y.expand(recipe.bs, -1, -1, -1))
-        prediction, mask = self._sample(self.masks, counts, known, recipe.bs)
-        judged = (known - mask if recipe.drop_rate else known) * self.window.inner
-        judged = judged.expand_as(prediction)
-        degraded = self.forward_operator(prediction)
-        if self.clipped is not None:
-            clipped = self.clipped[:, :, *window]
-            y = y.where(~clipped, torch.maximum(y, degraded.detach()))
-        loss = self.loss(degraded, y, judged)
-        self.network.zero_grad()
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        loss, prediction = loss.detach(), prediction.detach()
-        self.loss_sum += loss
-        self.last_loss.copy_(loss)
-        self.health.watch(loss, prediction)
-        if self.ensemble:
-            self.ensemble.add(prediction, self.prediction_weight, window)
+    def weight_of(self, step):
+        """Return the weight in the ensemble of the predictions that a step makes."""
+        return (step / self.recipe.iteration) ** self.recipe.averaging_power
 
-    def _capture(self):
-        """Capture a whole step in one CUDA graph, and restore the state before its warm-up."""
-        before = copy.deepcopy(self.state_dict())
-        stream = capture_stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._train()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.masks.generator)
-        with torch.cuda.graph(graph, stream=stream):
-            self._train()
-        self.load_state_dict(before)
-        self.graph = graph  # last: train_step replays it
+    def read_losses(self):
+        """Return the losses of steps LOSS_EVERY, 2 LOSS_EVERY, ... so far. Reads the device."""
+        new = self.step // self.LOSS_EVERY - len(self.losses)
+        self.losses += self.recent[:new].tolist() if new else []
+        return self.losses
+
+    def mean_loss(self):
+        """Return the mean loss of the steps since `reset_mean_loss`. Reads the device."""
+        return self.loss_sum.item() / max(1, self.loss_steps)
+
+    def reset_mean_loss(self):
+        """Forget the losses so far: `mean_loss` covers the steps from now on."""
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+
+    def alive(self):
+        """Tell whether the network learns: see health.Health. Reads the device."""
+        return self.health.lives(self.step)
+
+    def _start_over_or_give_up(self):
+        """Restart a dead network, or raise FloatingPointError: see train_step."""
+        death = f"the network died (constant or non-finite output) by step {self.step}"
+        if self.step > health.EARLY or self.attempt == health.ATTEMPTS:
+            lr = self.recipe.lr
+            raise FloatingPointError(f"{death}; a lower --lr than {lr:g} cures it")
+        self.restart()
+        self.notes.append(
+            f"{death}: started over at the mean, learning rate {self.lr:g}"
+        )
+
+    def restart(self):
+        """Start over at step 0, with new weights and half the learning rate.
+
+        The network begins at the observation's mean.
+        """
+        self.attempt, self.lr = self.attempt + 1, self.lr / 2
+        self.step = self.loss_steps = 0
+        self.losses.clear()
+        for tensor in self._tensors():
+            tensor.detach().zero_()
+        self.network.load_state_dict(
+            self._new_network(self.attempt, "mean").state_dict()
+        )
+        self.masks.seed(self.seed, 0)
+
+    def ensemble_size(self, num_prediction):
+        """Return how many predictions are averaged: see restoring.ensemble_size."""
+        return restoring.ensemble_size(self, num_prediction)
+
+    def predict(self, num_prediction, advance=lambda n: None):
+        """Average the dropout ensemble (paper, equation 8).
+
+        With an `averaging_power` the predictions that training has made so far join it.
+        The masks and dropout of the new ones depend on the seed and the step alone, so
+        predicting does not change the training.
+
+        Args:
+            num_prediction: number of predictions by the present weights; see
+                ensemble_size.
+            advance: function that gets the number of predictions made since its last call.
+
+        Returns:
+            The Restoration, in y's units and type.
+        """
+        return restoring.predict(self, num_prediction, advance)
+
+    def fuse(self, restored):
+        """Fuse an ensemble with the observation: see fusing.fuse.
+
+        Args:
+            restored: the Restoration that `predict` gave.
+
+        Returns:
+            The restoration, (C, H, W), in y's units, and its predicted squared error, in
+            their squares. If the recipe does not fuse: the ensemble's image, and None.
+        """
+        return restoring.fuse_restoration(self, restored)
+
+    def _tensors(self):
+        """List every tensor that a training step changes."""
+        sums = self.ensemble.tensors() if self.ensemble else ()
+        learnt = *self.network.state_dict().values(), *moments(self.optimizers)
+        return [*learnt, self.last_loss, self.loss_sum, *self.health.tensors(), *sums]
+
+    def state_dict(self):
+        """Return all that the coming steps depend on: numbers, and tensors that steps change."""
+        self.read_losses()
+        tensors = [tensor.detach() for tensor in self._tensors()]
+        state = {"tensors": tensors, "masks": self.masks.state()}
+        return state | {name: getattr(self, name) for name in COUNTED}
+
+    def load_state_dict(self, state):
+        """Continue from a state_dict of the same image, settings and device type."""
+        with torch.no_grad():
+            for tensor, saved in zip(self._tensors(), state["tensors"], strict=True):
+                tensor.copy_(saved)
+        self.masks.load_state(state["masks"])
+        for name in COUNTED:
+            setattr(self, name, copy.copy(state[name]))

@@ -37,7 +37,7 @@ def test_counts_are_poisson_numbers_of_their_seed(device):
 
 def test_steps_see_counts_and_are_judged_by_the_observation(monkeypatch):
     y, seen, judged = random_image(3, 32, 33), [], []
-    sample, loss = self2self.Self2Self._sample, self2self.dropped_loss
+    sample, loss = self2self.Self2Self.sample, self2self.dropped_loss
 
     def look(learner, masks, image, known, n):
         seen.append(image)
@@ -47,7 +47,7 @@ def test_steps_see_counts_and_are_judged_by_the_observation(monkeypatch):
         judged.append(observation)
         return loss(degraded, observation, weights)
 
-    monkeypatch.setattr(self2self.Self2Self, "_sample", look)
+    monkeypatch.setattr(self2self.Self2Self, "sample", look)
     monkeypatch.setattr(self2self, "dropped_loss", listen)
     learner = train(begun(y, photons=25, bs=2), 2)
     learner.predict(1)
@@ -77,7 +77,7 @@ def test_photons_of_a_file_of_8_bits_are_counted_in_its_units():
         scale = Scale(0.25, 0.5)
         learner = begun(y, photons=100, scale=scale, absolute=absolute, iteration=1)
         seen = []
-        learner._sample = lambda masks, image, *_, seen=seen: seen.append(image)
+        learner.sample = lambda masks, image, *_, seen=seen: seen.append(image)
         with pytest.raises(TypeError):  # what it saw is enough
             learner._train()
         noise = scale.back(seen[0].numpy()[0], np.float64) - y.numpy()

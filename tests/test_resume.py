@@ -156,8 +156,8 @@ def signalled(monkeypatch, method, calls, number=signal.SIGINT):
     [
         ("fast", "train_step", 1, 1),
         ("paper", "train_step", 3, 3),
-        ("paper", "_predict", 2, 2),  # within the first test
-        ("fast", "_predict", 3, 4),  # within the last one
+        ("paper", "sample", 4, 2),  # within the first test
+        ("fast", "sample", 7, 4),  # within the last one
     ],
 )
 def test_what_a_signal_interrupts_goes_on_from_there(

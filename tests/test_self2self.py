@@ -18,6 +18,7 @@ from tensors import (
 from torch import nn
 
 from network.masks import BernoulliMasks
+from network.restoring import predict_whole
 from network.self2self import dropped_loss
 
 
@@ -171,7 +172,7 @@ def test_prediction_is_the_mean_of_the_ensemble():
     learner = train(begun(random_image(1, 32, 33), seed=5), 2)
     masks = BernoulliMasks(torch.device("cpu"), 5, 2)
     with torch.no_grad():
-        samples = [learner._predict(masks, 1)[0] for _ in range(4)]
+        samples = [predict_whole(learner, masks, 1)[0] for _ in range(4)]
     assert not torch.equal(samples[0], samples[1])
     made = learner.predict(4)
     np.testing.assert_allclose(made.image, sum(samples) / 4, atol=1e-6)
@@ -181,14 +182,14 @@ def test_prediction_is_the_mean_of_the_ensemble():
 
 def test_the_trainings_own_predictions_join_the_ensemble():
     learner = begun(random_image(3, 32, 33), averaging_power=2, bs=2, seed=5)
-    sampled, sample = [], learner._sample
+    sampled, sample = [], learner.sample
 
     def watched_sample(*arguments):
         prediction, mask = sample(*arguments)
         sampled.extend(prediction.detach().numpy().astype(float))
         return prediction, mask
 
-    learner._sample = watched_sample
+    learner.sample = watched_sample
     restored = train(learner, 4).predict(3)
     weights = np.array([1, 1, 4, 4, 9, 9, 16, 16] + [16] * 3) / 16
     mean = np.average(sampled, 0, weights)
@@ -198,7 +199,7 @@ def test_the_trainings_own_predictions_join_the_ensemble():
     for plane, errors in enumerate((luminance, red_to_blue)):
         errors = np.tensordot(weights, errors**2, 1) / (weights.sum() - 1)
         np.testing.assert_allclose(restored.variance[plane], errors, atol=1e-6)
-    learner._sample = sample
+    learner.sample = sample
     np.testing.assert_array_equal(learner.predict(3), restored)
 
 

@@ -49,6 +49,7 @@ def test_a_step_changes_only_what_the_state_saves():
 def test_a_capture_that_fails_leaves_no_graph(monkeypatch):
     """A learner with a graph that holds no step would train nothing."""
     learner = begun(random_image(1, 32, 32))
+    learner.captures = True
 
     class Graph:
         """In the place of CUDA's graph."""
@@ -64,14 +65,14 @@ def test_a_capture_that_fails_leaves_no_graph(monkeypatch):
     monkeypatch.setattr(
         "torch.cuda.Stream", lambda _: types.SimpleNamespace(wait_stream=id)
     )
-    monkeypatch.setattr("network.self2self.capture_stream", torch.cuda.Stream)
+    monkeypatch.setattr("network.capture.capture_stream", torch.cuda.Stream)
     monkeypatch.setattr("torch.cuda.current_stream", torch.cuda.Stream)
     monkeypatch.setattr("torch.cuda.stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
     monkeypatch.setattr("torch.cuda.graph", out_of_memory)
     monkeypatch.setattr(learner.masks, "generator", None, raising=False)
     with pytest.raises(torch.OutOfMemoryError):
-        learner._capture()
+        learner.train_step()
     assert learner.graph is None
 
 
