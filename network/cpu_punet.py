@@ -4,12 +4,13 @@ It runs on a CPU, and on any other device without Triton. Maps (N, C, H, W) are 
 channels_last order and in the type of x: in bfloat16 too, while the weights stay float32.
 """
 
+import functools
 import itertools
 
 import torch
 from torch.nn import functional as F
 
-from network.convolution import conv2d
+from network import convolution
 from network.punet import bent_sigmoid, halve
 
 
@@ -22,12 +23,11 @@ def forward(network, x, mask, draw):
     """
     skips = [x]
     for i, layer in enumerate(network.encoder):
-        x = EdgePad.apply(None, x, None)
-        mask = F.pad(mask, (1, 1, 1, 1), value=1.0)
         x, mask = convolve_kept(layer, x, mask)
         x = F.leaky_relu_(x, 0.1)
         if 1 <= i <= 5:
-            x, mask = halve(x), halve(mask)
+            x = halve(x)
+            mask = None if mask is None else halve(mask)
             if i <= 4:
                 skips.append(x)
     for i, (first, *others) in enumerate(network.decoder):
@@ -35,38 +35,40 @@ def forward(network, x, mask, draw):
         x = convolve_joined(network, first, x, skips.pop(), draw)
         for layer in others:
             x = F.leaky_relu_(x, 0.1)
-            keep, weight = draw_dropout(network, layer, 0, x, draw)
-            padded = EdgePad.apply(keep, x, None)
-            x = conv2d(padded, weight.to(x.dtype), layer.bias.to(x.dtype))
+            keep = draw_kept(network, layer.in_channels, x, draw)
+            scale = 1 / (1 - network.drop_rate)
+            x = EdgedConvolution.apply(x, layer.weight, layer.bias, scale, keep)
     return bent_sigmoid(x.to(layer.bias.dtype), network.bend)
 
 
 def convolve_kept(layer, x, mask):
-    """Compute PConv2d.forward for a layer with stride 1, without padding, with a bias.
+    """Pad, and compute PConv2d.forward for a layer with stride 1 and with a bias.
 
     Args:
         layer: a PConv2d.
         x: features, (N, C, H, W).
         mask: (N, C, H, W) or (N, 1, H, W), in a type that counts the entries of a window
-            exactly.
+            exactly. None: nothing is missing.
 
     Returns:
-        The output (N, K, H - 2, W - 2), and the updated mask (N, 1, H - 2, W - 2).
+        The output (N, K, H, W), and the updated mask (N, 1, H, W) or None.
     """
-    kept = layer.count_kept(mask)
-    updated = kept.clamp(0, 1)
     full = layer.window.numel() * layer.in_channels
-    if x.device.type == "cpu" and kept.min() == full:
-        # Nothing is missing, so all windows have one ratio.
-        weight = (layer.weight * (layer.numerator / full)).to(x.dtype)
-        return conv2d(*two_channels(x, weight), layer.bias.to(x.dtype)), updated
-    ratio = layer.numerator / (kept + 1e-8) * updated
-    mask, ratio, weight, bias = (
-        t.to(x.dtype) for t in (mask, ratio, layer.weight, layer.bias.view(1, -1, 1, 1))
+    if mask is not None:
+        mask = F.pad(mask, (1, 1, 1, 1), value=1.0)
+        kept = layer.count_kept(mask)
+        updated = kept.clamp(0, 1)
+        if x.device.type == "cpu" and updated.min() == 1:
+            updated = None  # elsewhere the question would wait for the device
+            mask = None if kept.min() == full else mask
+    if mask is None:
+        scale = layer.numerator / full
+        return EdgedConvolution.apply(x, layer.weight, layer.bias, scale), None
+    ratio = layer.numerator / (kept + 1e-8) * kept.clamp(0, 1)
+    output = EdgedConvolution.apply(x, layer.weight, None, 1, None, mask.to(x.dtype))
+    bias, ratio = (
+        expand(t.to(x.dtype), output) for t in (layer.bias.view(1, -1, 1, 1), ratio)
     )
-    x = x * expand(mask, x)
-    output = conv2d(*two_channels(x, weight))
-    bias, ratio = expand(bias, output), expand(ratio, output)
     return torch.addcmul(bias, output, ratio), updated
 
 
@@ -83,48 +85,38 @@ def convolve_joined(network, layer, x, skip, draw):
     Returns:
         (N, K, H, W).
     """
-    c, size = x.shape[1], skip.shape[2:]
-    whole = 0 if network.drop_upsampled else c
-    keep, weight = draw_dropout(network, layer, whole, skip, draw)
-    keep_x = keep_skip = keep
-    if keep is not None:
-        keep_x, keep_skip = keep[:, : c - whole], keep[:, c - whole :]
-    early = whole or keep is None
-    weight_x, weight_skip = weight[:, :c], weight[:, c:]
-    if early:
-        weight_x = phase_weights(weight_x)
-    weight_x, weight_skip, bias = (
-        t.to(x.dtype) for t in (weight_x, weight_skip, layer.bias)
-    )
-    skip = EdgePad.apply(keep_skip, skip, None)
-    joined = conv2d(*two_channels(skip, weight_skip), bias)
-    if early:
-        convolved = conv2d(EdgePad.apply(None, x, None), weight_x)
+    channels = x.shape[1], skip.shape[1]
+    scale, dropped = 1 / (1 - network.drop_rate), channels[1]
+    if network.drop_upsampled:
+        dropped = layer.in_channels
+    keep_x = keep_skip = draw_kept(network, dropped, skip, draw)
+    if keep_x is not None:
+        keep_x, keep_skip = keep_x[:, : -channels[1]], keep_x[:, -channels[1] :]
+    weight_x, weight_skip = layer.weight.split(channels, 1)
+    joined = EdgedConvolution.apply(skip, weight_skip, layer.bias, scale, keep_skip)
+    if keep_x is None or not network.drop_upsampled:
+        convolved = EdgedConvolution.apply(x, phase_weights(weight_x), None)
         return AddUpsampled.apply(joined, convolved)
-    return joined.add_(conv2d(EdgePad.apply(keep_x, x, size), weight_x))
+    size = skip.shape[2:]
+    return joined.add_(
+        EdgedConvolution.apply(x, weight_x, None, scale, keep_x, None, size)
+    )
 
 
-def draw_dropout(network, layer, whole, like, draw):
-    """Draw which entries of a layer's input are kept.
+def draw_kept(network, channels, like, draw):
+    """Draw which entries of the first layer's input are kept: (N, channels, H, W).
 
     Args:
-        layer: an nn.Conv2d with C input channels.
-        whole: number of channels, the first ones, that keep all their entries.
-        like: a map with the N, H, W and the type of the input.
+        channels: the number of channels in which entries are dropped.
+        like: a map with the N, H, W and the type of the mask.
 
     Returns:
-        The mask of the other channels, (N, C - whole, H, W), or None if the drop rate
-        is 0; and the layer's weight, which takes over the scale 1 / (1 - p).
+        1 = kept, or None if the drop rate is 0.
     """
     if not network.drop_rate:
-        return None, layer.weight
-    shape = len(like), layer.in_channels - whole, *like.shape[2:]
-    keep = draw(shape, network.drop_rate)
-    keep = keep.to(like.dtype) if keep.is_floating_point() else keep
-    weight = layer.weight / (1 - network.drop_rate)
-    if whole:
-        weight = torch.cat((layer.weight[:, :whole], weight[:, whole:]), 1)
-    return keep, weight
+        return None
+    keep = draw((len(like), channels, *like.shape[2:]), network.drop_rate)
+    return keep.to(like.dtype) if keep.is_floating_point() else keep
 
 
 def expand(x, like):
@@ -137,75 +129,100 @@ def expand(x, like):
     return x.expand_as(like).contiguous(memory_format=torch.channels_last)
 
 
-def two_channels(x, weight):
-    """Add an empty second channel to a map (N, 1, H, W) and to its weight (K, 1, h, w).
+class EdgedConvolution(torch.autograd.Function):
+    """A 3x3 or 2x2 convolution with all that precedes it, in channels_last.
 
-    PyTorch makes no channels_last maps from one channel. Other maps pass unchanged.
-    """
-    if x.shape[1] > 1:
-        return x, weight
-    x, weight = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (x, weight))
-    return x, weight.contiguous(memory_format=torch.channels_last)
+    Upsamples x, drops entries, pads by one pixel with edge values, applies a mask and
+    convolves with scale * weight: equals F.conv2d(F.pad(up(x) * keep, (1, 1, 1, 1),
+    mode="replicate") * mask, scale * weight, bias), in the type of x. With a size (H, W),
+    up() repeats pixels 2x2 and crops to that size; with None it is the identity.
 
-
-class EdgePad(torch.autograd.Function):
-    """Upsample, drop entries and pad by one pixel with edge values, in channels_last.
-
-    Equals F.pad(up(x) * keep, (1, 1, 1, 1), mode="replicate") in one pass over memory.
-    With a size (H, W), up() repeats pixels 2x2 and crops to that size; with None it is
-    the identity. The backward pass of PyTorch's padding is slow, and not deterministic on
-    CUDA.
+    One function takes the place of many small ones, most of a step's time on a small map.
     """
 
     @staticmethod
-    def forward(ctx, keep, x, size):
-        """Pad x (N, C, h, w); keep is (N, C, H, W), 1 = kept, or None: all is kept."""
-        ctx.save_for_backward(keep)
-        ctx.step = 1 if size is None else 2
-        height, width = size or x.shape[2:]
-        padded = torch.empty(
-            (*x.shape[:2], height + 2, width + 2),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last,
-        )
-        for part, kept in copies(ctx.step, padded[..., 1:-1, 1:-1], keep):
-            h, w = part.shape[2:]
-            torch.mul(x[..., :h, :w], kept, out=part)
-        padded[..., 0, :] = padded[..., 1, :]
-        padded[..., -1, :] = padded[..., -2, :]
-        padded[..., 0] = padded[..., 1]
-        padded[..., -1] = padded[..., -2]
-        return padded
+    def forward(ctx, x, weight, bias, scale=1, keep=None, mask=None, size=None):
+        """Convolve x (N, C, h, w).
+
+        Args:
+            weight, bias: (K, C, 3, 3) or (K, C, 2, 2), and (K,) or None; float32 as a rule.
+            scale: factor of the weight.
+            keep: (N, C, H, W), 1 = kept, or None: all is kept.
+            mask: (N, 1 or C, H + 2, W + 2), or None: 1 everywhere.
+        """
+        padded = pad_edges(x, keep, size)
+        if mask is not None:
+            mask = expand(mask, padded)
+            padded *= mask
+        scaled = (weight if scale == 1 else weight * scale).to(x.dtype)
+        if x.shape[1] == 1:  # PyTorch makes no channels_last maps from one channel
+            padded, scaled = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (padded, scaled))
+            scaled = scaled.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(padded, scaled, keep, mask)
+        ctx.scale, ctx.step = scale, 1 if size is None else 2
+        ctx.channels, ctx.dtype = x.shape[1], weight.dtype
+        return F.conv2d(padded, scaled, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
-        """Add up the gradients of each pixel's copies; grad is (N, C, H + 2, W + 2)."""
-        if not ctx.needs_input_grad[1]:
-            return None, None, None
-        (keep,) = ctx.saved_tensors
-        every = slice(None)
+        """Return the gradients of x, weight and bias; grad is (N, K, H', W')."""
+        padded, scaled, keep, mask = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = convolution.gradients(
+            padded, scaled, grad, ctx.needs_input_grad[:3]
+        )
+        if grad_x is not None:
+            grad_x = grad_x[:, : ctx.channels]
+            grad_x = grad_x if mask is None else grad_x * mask
+            grad_x = fold_edges(grad_x, keep, ctx.step)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.dtype)
+        grad_weight = grad_weight[:, : ctx.channels].to(ctx.dtype)
+        if ctx.scale != 1:
+            grad_weight *= ctx.scale
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
-        def kept(part, rows, columns):
-            return part * (1 if keep is None else keep[..., rows, columns])
 
-        # Into a copy, because others may hold `grad`.
-        inner = kept(grad[..., 1:-1, 1:-1], every, every)
-        for edge in (0, -1):
-            inner[..., edge] += kept(grad[..., 1:-1, edge], every, edge)
-        for edge in (0, -1):
-            row = grad[..., edge, 1:-1].clone()
-            row[..., 0] += grad[..., edge, 0]
-            row[..., -1] += grad[..., edge, -1]
-            inner[..., edge, :] += kept(row, edge, every)
-        if ctx.step == 1:
-            return None, inner, None
-        (first, _), *others = copies(ctx.step, inner, None)
-        grad_x = first.clone()  # the first copy of every pixel: none is cropped
-        for part, _ in others:
-            h, w = part.shape[2:]
-            grad_x[..., :h, :w] += part
-        return None, grad_x, None
+def pad_edges(x, keep, size):
+    """Upsample x, drop entries and pad: see EdgedConvolution.forward."""
+    height, width = size or x.shape[2:]
+    padded = torch.empty(
+        (*x.shape[:2], height + 2, width + 2),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    for part, kept in copies(2 if size else 1, padded[..., 1:-1, 1:-1], keep):
+        h, w = part.shape[2:]
+        torch.mul(x[..., :h, :w], kept, out=part)
+    for edge, inner in ((0, 1), (-1, -2)):
+        padded[..., edge, :] = padded[..., inner, :]
+    for edge, inner in ((0, 1), (-1, -2)):
+        padded[..., edge] = padded[..., inner]
+    return padded
+
+
+def fold_edges(grad, keep, step):
+    """Add up, in place, the gradients of each pixel's copies that pad_edges made.
+
+    Args:
+        grad: (N, C, H + 2, W + 2).
+        keep: as in pad_edges.
+        step: 2 if pad_edges upsampled, else 1.
+    """
+    for edge, inner in ((0, 1), (-1, -2)):
+        grad[..., inner] += grad[..., edge]
+    for edge, inner in ((0, 1), (-1, -2)):
+        grad[..., inner, :] += grad[..., edge, :]
+    grad = grad[..., 1:-1, 1:-1]
+    grad = grad if keep is None else grad * keep
+    if step == 1:
+        return grad
+    (first, _), *others = copies(step, grad, None)
+    grad_x = first.clone()  # the first copy of every pixel: none is cropped
+    for part, _ in others:
+        h, w = part.shape[2:]
+        grad_x[..., :h, :w] += part
+    return grad_x
 
 
 def copies(step, inner, keep):
@@ -226,14 +243,23 @@ def phase_weights(weight):
         `weight` takes 9. Channel (2 i + j) K + k is output k at the rows 2 r + i and the
         columns 2 s + j, for i and j in 0 and 1; it lies at (r + i, s + j).
     """
-    for axis in (-2, -1):
-        # Three rows of an upsampled map copy two rows: an even row's window has the first
-        # one once and the second one twice, an odd row's window has the first one twice.
-        first, second, third = weight.unbind(axis)
-        even = torch.stack((first, second + third), axis)
-        odd = torch.stack((first + second, third), axis)
-        weight = torch.stack((even, odd), -5)
-    return weight.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+    k, c = weight.shape[:2]
+    taps = weight.permute(0, 2, 3, 1).reshape(k, 9, c)
+    made = phase_matrix(weight.device, weight.dtype) @ taps
+    made = made.view(k, 2, 2, 2, 2, c).permute(
+        1, 3, 0, 2, 4, 5
+    )  # i, j, K, row, column, C
+    return made.reshape(4 * k, 2, 2, c).permute(0, 3, 1, 2)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def phase_matrix(device, dtype):
+    """Return the matrix (16, 9) of phase_weights, from taps to phases and their taps."""
+    # Three rows of an upsampled map copy two rows: an even row's window has the first one
+    # once and the second one twice, an odd row's window has the first one twice.
+    rows = torch.tensor([[1, 0, 0], [0, 1, 1], [1, 1, 0], [0, 0, 1]])
+    return torch.kron(rows, rows).to(device, dtype)
 
 
 class AddUpsampled(torch.autograd.Function):

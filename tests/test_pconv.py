@@ -13,7 +13,7 @@ from tensors import (
 from torch import nn
 from torch.nn import functional as F
 
-from network.convolution import conv2d
+from network import convolution
 from network.pconv import PConv2d
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tf_pconv2d.npz"
@@ -110,15 +110,21 @@ def test_full_windows_scaled_by_one():
 
 
 def test_with_avx2_alone_gradients_are_the_same(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    made = []
-    for convolution in (conv2d, F.conv2d):
-        x = random_image(2, 9, 70, 61).contiguous(memory_format=torch.channels_last)
-        weight = torch.linspace(-1, 1, 270).view(5, 9, 3, 2)
-        given = [t.requires_grad_() for t in (x, weight, torch.arange(5.0))]
-        output = convolution(*given)
-        (output**2).sum().backward()
-        made.append([output, *(t.grad for t in given)])
-    assert made[0][0].grad_fn.name() == "ConvolutionBackward"
-    for ours, its in zip(*made):
-        torch.testing.assert_close(ours, its, rtol=1e-4, atol=1e-3)
+    x = random_image(2, 9, 70, 61).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.linspace(-1, 1, 270).view(5, 9, 3, 2), torch.arange(5.0)
+    given = [t.requires_grad_() for t in (x, weight, bias)]
+    output = F.conv2d(*given)
+    grad = random_image(*output.shape, seed=1)
+    expected = torch.autograd.grad(output, given, grad)
+    calls, own = [], convolution.weight_gradient
+    monkeypatch.setattr(
+        convolution, "weight_gradient", lambda *a: calls.append(a) or own(*a)
+    )
+    for capability, count in (("AVX512", 0), ("AVX2", 1)):
+        monkeypatch.setattr(
+            torch.backends.cpu, "get_cpu_capability", lambda c=capability: c
+        )
+        made = convolution.gradients(x.detach(), weight.detach(), grad, [True] * 3)
+        assert len(calls) == count
+        for ours, its in zip(made, expected, strict=True):
+            torch.testing.assert_close(ours, its, rtol=1e-4, atol=1e-3)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from network import cpu_punet, fast_punet, punet
-from network.cpu_punet import EdgePad
+from network.cpu_punet import EdgedConvolution
 from network.fast_punet import FastPunet, triton_punet
 from network.masks import BernoulliMasks
 from network.punet import Punet
@@ -220,13 +220,6 @@ def test_an_edited_network_runs_as_edited_and_one_line_says_so(
     assert len(printed) == 1 and "Punet was changed" in printed[0]
 
 
-def test_padding_leaves_the_gradient_that_it_is_given():
-    x = random_image(1, 3, 4, 5).requires_grad_()
-    given = torch.ones(1, 3, 6, 7)
-    EdgePad.apply(None, x, None).backward(given)
-    assert (given == 1).all()
-
-
 @needs_cuda
 def test_punet_is_the_same_on_cuda():
     shape = (2, 3, 45, 33)
@@ -297,25 +290,31 @@ def test_dropout_keeps_its_rate():
 
 @pytest.mark.parametrize("keep", [None, "float", "bool"])
 @pytest.mark.parametrize("upsampled", [True, False])
-@pytest.mark.parametrize("size", [(1, 4), (6, 5)])
-def test_edge_pad_is_replicate_padding(size, upsampled, keep):
-    height, width = size
-    x = random_image(2, 3, *(-(-n // 2) for n in size) if upsampled else size)
-    plain = x.requires_grad_()
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("shape", [(3, 1, 4), (1, 6, 5), (3, 6, 5)])
+def test_edged_convolution_is_that_of_a_padded_map(shape, masked, upsampled, keep):
+    channels, height, width = shape
+    size = height, width
+    x = random_image(2, channels, *(-(-n // 2) for n in size) if upsampled else size)
+    weight, bias = random_image(4, channels, 3, 3, seed=3), random_image(4, seed=4)
+    given = [t.requires_grad_() for t in (x, weight, bias)]
+    plain = x
     if upsampled:
         plain = F.interpolate(x, scale_factor=2, mode="nearest")[..., :height, :width]
     if keep:
         drawn = torch.rand(plain.shape, generator=seeded(1)) < 0.7
         keep = drawn if keep == "bool" else drawn.float()
-    expected = F.pad(plain * (1 if keep is None else keep), (1,) * 4, mode="replicate")
-    padded = EdgePad.apply(keep, x, size if upsampled else None)
-    assert torch.equal(padded, expected)
-    assert padded.is_contiguous(memory_format=torch.channels_last)
-    weight = random_image(*expected.shape, seed=2)
-    grad, expected_grad = (
-        torch.autograd.grad((out * weight).sum(), x)[0] for out in (padded, expected)
-    )
-    torch.testing.assert_close(grad, expected_grad)
+    mask = block_mask(2, 1, height + 2, width + 2).float() if masked else None
+    padded = F.pad(plain * (1 if keep is None else keep), (1,) * 4, mode="replicate")
+    expected = F.conv2d(padded * (mask if masked else 1), weight * 1.25, bias)
+    settings = 1.25, keep, mask, size if upsampled else None
+    made = EdgedConvolution.apply(*given, *settings)
+    torch.testing.assert_close(made, expected)
+    grad = random_image(*expected.shape, seed=2)
+    before = grad.clone()
+    gradients = [torch.autograd.grad(out, given, grad) for out in (made, expected)]
+    torch.testing.assert_close(*gradients)
+    assert torch.equal(grad, before)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
