@@ -13,6 +13,13 @@ from torch.nn import functional as F
 from network import convolution
 from network.punet import bent_sigmoid, halve
 
+EDGES = (
+    (0, 1),
+    (-1, -2),
+)  # of a padded axis: the place of a copy, and that of its original
+# Pixels; on such a map bfloat16 saves less than it takes to convert and reorder weights.
+SMALL_MAP = 64
+
 
 def forward(network, x, mask, draw):
     """Compute what Punet.forward computes, with the same draws in the same order.
@@ -27,12 +34,14 @@ def forward(network, x, mask, draw):
         x = F.leaky_relu_(x, 0.1)
         if 1 <= i <= 5:
             x = halve(x)
+            if x.dtype == torch.bfloat16 and x[:, 0].numel() <= SMALL_MAP:
+                x = x.float()
             mask = None if mask is None else halve(mask)
             if i <= 4:
                 skips.append(x)
     for i, (first, *others) in enumerate(network.decoder):
-        x = F.leaky_relu_(x, 0.1) if i else x
-        x = convolve_joined(network, first, x, skips.pop(), draw)
+        x, skip = F.leaky_relu_(x, 0.1) if i else x, skips.pop()
+        x = convolve_joined(network, first, x.to(skip.dtype), skip, draw)
         for layer in others:
             x = F.leaky_relu_(x, 0.1)
             keep = draw_kept(network, layer.in_channels, x, draw)
@@ -194,10 +203,8 @@ def pad_edges(x, keep, size):
     for part, kept in copies(2 if size else 1, padded[..., 1:-1, 1:-1], keep):
         h, w = part.shape[2:]
         torch.mul(x[..., :h, :w], kept, out=part)
-    for edge, inner in ((0, 1), (-1, -2)):
-        padded[..., edge, :] = padded[..., inner, :]
-    for edge, inner in ((0, 1), (-1, -2)):
-        padded[..., edge] = padded[..., inner]
+    for axis, (edge, inner) in itertools.product((2, 3), EDGES):
+        padded.select(axis, edge).copy_(padded.select(axis, inner))
     return padded
 
 
@@ -209,10 +216,8 @@ def fold_edges(grad, keep, step):
         keep: as in pad_edges.
         step: 2 if pad_edges upsampled, else 1.
     """
-    for edge, inner in ((0, 1), (-1, -2)):
-        grad[..., inner] += grad[..., edge]
-    for edge, inner in ((0, 1), (-1, -2)):
-        grad[..., inner, :] += grad[..., edge, :]
+    for axis, (edge, inner) in itertools.product((3, 2), EDGES):
+        grad.select(axis, inner).add_(grad.select(axis, edge))
     grad = grad[..., 1:-1, 1:-1]
     grad = grad if keep is None else grad * keep
     if step == 1:
@@ -221,7 +226,7 @@ def fold_edges(grad, keep, step):
     grad_x = first.clone()  # the first copy of every pixel: none is cropped
     for part, _ in others:
         h, w = part.shape[2:]
-        grad_x[..., :h, :w] += part
+        grad_x[..., :h, :w].add_(part)
     return grad_x
 
 
