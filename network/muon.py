@@ -12,12 +12,14 @@ ITERATIONS = 5
 MIN_CHANNELS = 16  # Muon trains convolutions with as many input and output channels
 
 
-def orthogonalise(matrices):
-    """Bring all singular values of matrices (N, m, n), m <= n, close to 1.
+def inverse_roots(grams):
+    """Return matrices close to (x x^T)^(-1/2): times x, they bring its singular values to 1.
 
-    Each of the five iterations multiplies x from the left by a polynomial in x x^T. We
-    compute the product of these polynomials from the m x m matrix x x^T and apply it to x
-    once, which takes a third of the work.
+    Each of the five iterations would multiply x from the left by a polynomial in x x^T. We
+    compute the product of these polynomials instead, from matrices of m x m.
+
+    Args:
+        grams: x x^T of some matrices x (m, n), m <= n: (N, m, m).
     """
     a, b, c = QUINTIC
 
@@ -26,14 +28,37 @@ def orthogonalise(matrices):
         step.diagonal(dim1=-2, dim2=-1).add_(a)
         return step
 
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-12)
-    gram = x @ x.mT
+    # The trace is the squared norm of x, by which the iterations divide x.
+    norm = grams.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[:, None, None] + 1e-12
+    gram = grams / norm**2
     product = step = polynomial(gram)
     for _ in range(ITERATIONS - 1):
         gram = step @ gram @ step
         step = polynomial(gram)
         product = step @ product
-    return product @ x
+    return product / norm
+
+
+def orthogonalise(matrices, length=1, together=False):
+    """Bring all singular values of each matrix (m, n), m <= n, close to `length`.
+
+    Args:
+        matrices: a list; their shapes may differ.
+        length: a number, or a tensor of one.
+        together: whether all matrices share one batch, padded with zeros, which needs few
+            CUDA kernels. Otherwise those of equal m share the iterations.
+    """
+    if together:
+        sizes = [x.shape for x in matrices]
+        batch = matrices[0].new_zeros(len(matrices), *map(max, zip(*sizes)))
+        torch._foreach_copy_([x[:m, :n] for x, (m, n) in zip(batch, sizes)], matrices)
+        made = length * inverse_roots(batch @ batch.mT) @ batch
+        return [x[:m, :n] for x, (m, n) in zip(made, sizes)]
+    grams = {}
+    for x in matrices:
+        grams.setdefault(len(x), []).append(x @ x.mT)
+    roots = {m: iter(length * inverse_roots(torch.stack(g))) for m, g in grams.items()}
+    return [next(roots[len(x)]) @ x for x in matrices]
 
 
 class Muon(torch.optim.Optimizer):
@@ -46,8 +71,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: convolution weights (K, C, h, w), best with K <= C*h*w.
         lr: learning rate, a tensor on the device of the weights; captured steps read it.
-        together: whether weights of all shapes share one batch, padded with zeros, which
-            needs a third of the CUDA kernels. Otherwise each shape has its own batch.
+        together: see orthogonalise.
     """
 
     def __init__(self, params, lr, together=False):
@@ -57,35 +81,25 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """Take one step; a weight without a gradient stays as it is."""
         for group in self.param_groups:
-            batches = {}
-            for weight in group["params"]:
-                key = None if group["together"] else weight.shape
-                batches.setdefault(key, []).append(weight)
-            for weights in batches.values():
-                self._step(weights, group["lr"])
-
-    def _step(self, weights, rate):
-        weights = [weight for weight in weights if weight.grad is not None]
-        if not weights:
-            return
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight]["momentum"] = torch.zeros_like(weight)
-        momenta = [self.state[weight]["momentum"] for weight in weights]
-        gradients = [weight.grad for weight in weights]
-        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        ahead = torch._foreach_lerp(momenta, gradients, 1 - MOMENTUM)
-        ahead = [x.flatten(1) for x in ahead]
-        sizes = [x.shape for x in ahead]
-        matrices = ahead[0].new_zeros(len(ahead), *map(max, zip(*sizes)))
-        places = [x[:m, :n] for x, (m, n) in zip(matrices, sizes)]
-        torch._foreach_copy_(places, ahead)
-        steps = orthogonalise(matrices) * -rate
-        steps = [
-            x[:m, :n].view(weight.shape) * (0.2 * n**0.5)
-            for x, (m, n), weight in zip(steps, sizes, weights)
-        ]
-        torch._foreach_add_(weights, steps)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            for weight in weights:
+                if not self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+            momenta = [self.state[weight]["momentum"] for weight in weights]
+            gradients = [weight.grad for weight in weights]
+            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+            ahead = torch._foreach_lerp(momenta, gradients, 1 - MOMENTUM)
+            # In this order of columns the matrices of channels_last weights are views.
+            matrices = [x.permute(0, 2, 3, 1).flatten(1) for x in ahead]
+            steps = orthogonalise(matrices, 0.2 * group["lr"], group["together"])
+            torch._foreach_mul_(steps, [x.shape[1] ** 0.5 for x in steps])
+            steps = [
+                x.unflatten(1, (*weight.shape[2:], -1)).permute(0, 3, 1, 2)
+                for x, weight in zip(steps, weights)
+            ]
+            torch._foreach_sub_(weights, steps)
 
 
 def make_optimizers(network, name, beta2, rate):

@@ -16,7 +16,14 @@ def test_orthogonalising_keeps_the_singular_vectors():
     left = torch.linalg.qr(torch.randn(2, 24, 24, generator=seeded()))[0]
     right = torch.linalg.qr(torch.randn(2, 60, 24, generator=seeded(1)))[0]
     values = torch.logspace(0, 1.7, 24)
-    made = orthogonalise(left * values @ right.mT)
+    matrices = [*(left * values @ right.mT), *(3 * left * values @ right.mT)[:, :9]]
+    both = [orthogonalise(matrices, 1, together) for together in (False, True)]
+    for separate, joined in zip(*both, strict=True):
+        torch.testing.assert_close(separate, joined, rtol=0, atol=1e-4)
+    made = torch.stack(both[0][:2])
+    # of nine rows
+    values = torch.linalg.svdvals(torch.stack(both[0][2:]))
+    assert 0.65 < values.min() and values.max() < 1.25
     values = left.mT @ made @ right
     kept = values.diagonal(dim1=-2, dim2=-1)
     assert 0.65 < kept.min() and kept.max() < 1.25

@@ -117,10 +117,10 @@ def test_a_step_copies_nothing_from_the_host(
 
 
 def test_a_copy_is_found(on_meta, monkeypatch):
-    orthogonalise = muon.orthogonalise
+    inverse_roots = muon.inverse_roots
 
     def copying(x):
-        return orthogonalise(torch.eye(x.shape[-2]).to(x) @ x)
+        return inverse_roots(torch.eye(x.shape[-2]).to(x) @ x)
 
-    monkeypatch.setattr(muon, "orthogonalise", copying)
+    monkeypatch.setattr(muon, "inverse_roots", copying)
     assert "muon.py" in transfers("fast", 1, lambda x: x)[0]
