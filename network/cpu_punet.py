@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from network import convolution
-from network.punet import bent_sigmoid, halve
+from network.punet import bent_sigmoid, double, halve
 
 EDGES = (
     (0, 1),
@@ -19,6 +19,7 @@ EDGES = (
 )  # of a padded axis: the place of a copy, and that of its original
 # Pixels; on such a map bfloat16 saves less than it takes to convert and reorder weights.
 SMALL_MAP = 64
+SMALL_JOINED = 256
 
 
 def forward(network, x, mask, draw):
@@ -84,8 +85,8 @@ def convolve_kept(layer, x, mask):
 def convolve_joined(network, layer, x, skip, draw):
     """Upsample x, join the skip, drop entries and convolve.
 
-    The layer convolves x and the skip separately, and the results are added. Without
-    dropout on the upsampled map x is convolved before it is upsampled.
+    Without dropout on the upsampled map the layer convolves x, before it is upsampled, and
+    the skip separately, and the results are added. On a small map that takes longer.
 
     Args:
         x: (N, C, h, w).
@@ -94,22 +95,20 @@ def convolve_joined(network, layer, x, skip, draw):
     Returns:
         (N, K, H, W).
     """
-    channels = x.shape[1], skip.shape[1]
-    scale, dropped = 1 / (1 - network.drop_rate), channels[1]
+    channels, scale = (x.shape[1], skip.shape[1]), 1 / (1 - network.drop_rate)
     if network.drop_upsampled:
-        dropped = layer.in_channels
-    keep_x = keep_skip = draw_kept(network, dropped, skip, draw)
-    if keep_x is not None:
-        keep_x, keep_skip = keep_x[:, : -channels[1]], keep_x[:, -channels[1] :]
+        x = torch.cat((double(x, skip.shape[2:]), skip), 1)
+        keep = draw_kept(network, x.shape[1], x, draw)
+        return EdgedConvolution.apply(x, layer.weight, layer.bias, scale, keep)
+    keep = draw_kept(network, channels[1], skip, draw)
+    if skip[:, 0].numel() <= SMALL_JOINED:
+        skip = skip if keep is None else skip * keep * scale
+        x = torch.cat((double(x, skip.shape[2:]), skip), 1)
+        return EdgedConvolution.apply(x, layer.weight, layer.bias)
     weight_x, weight_skip = layer.weight.split(channels, 1)
-    joined = EdgedConvolution.apply(skip, weight_skip, layer.bias, scale, keep_skip)
-    if keep_x is None or not network.drop_upsampled:
-        convolved = EdgedConvolution.apply(x, phase_weights(weight_x), None)
-        return AddUpsampled.apply(joined, convolved)
-    size = skip.shape[2:]
-    return joined.add_(
-        EdgedConvolution.apply(x, weight_x, None, scale, keep_x, None, size)
-    )
+    joined = EdgedConvolution.apply(skip, weight_skip, layer.bias, scale, keep)
+    convolved = EdgedConvolution.apply(x, phase_weights(weight_x), None)
+    return AddUpsampled.apply(joined, convolved)
 
 
 def draw_kept(network, channels, like, draw):
@@ -141,17 +140,16 @@ def expand(x, like):
 class EdgedConvolution(torch.autograd.Function):
     """A 3x3 or 2x2 convolution with all that precedes it, in channels_last.
 
-    Upsamples x, drops entries, pads by one pixel with edge values, applies a mask and
-    convolves with scale * weight: equals F.conv2d(F.pad(up(x) * keep, (1, 1, 1, 1),
-    mode="replicate") * mask, scale * weight, bias), in the type of x. With a size (H, W),
-    up() repeats pixels 2x2 and crops to that size; with None it is the identity.
+    Drops entries of x, pads it by one pixel with edge values, applies a mask and convolves
+    with scale * weight: equals F.conv2d(F.pad(x * keep, (1, 1, 1, 1), mode="replicate") *
+    mask, scale * weight, bias), in the type of x.
 
     One function takes the place of many small ones, most of a step's time on a small map.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale=1, keep=None, mask=None, size=None):
-        """Convolve x (N, C, h, w).
+    def forward(ctx, x, weight, bias, scale=1, keep=None, mask=None):
+        """Convolve x (N, C, H, W).
 
         Args:
             weight, bias: (K, C, 3, 3) or (K, C, 2, 2), and (K,) or None; float32 as a rule.
@@ -159,7 +157,7 @@ class EdgedConvolution(torch.autograd.Function):
             keep: (N, C, H, W), 1 = kept, or None: all is kept.
             mask: (N, 1 or C, H + 2, W + 2), or None: 1 everywhere.
         """
-        padded = pad_edges(x, keep, size)
+        padded = pad_edges(x, keep)
         if mask is not None:
             mask = expand(mask, padded)
             padded *= mask
@@ -168,8 +166,7 @@ class EdgedConvolution(torch.autograd.Function):
             padded, scaled = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (padded, scaled))
             scaled = scaled.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(padded, scaled, keep, mask)
-        ctx.scale, ctx.step = scale, 1 if size is None else 2
-        ctx.channels, ctx.dtype = x.shape[1], weight.dtype
+        ctx.scale, ctx.channels, ctx.dtype = scale, x.shape[1], weight.dtype
         return F.conv2d(padded, scaled, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -182,59 +179,36 @@ class EdgedConvolution(torch.autograd.Function):
         if grad_x is not None:
             grad_x = grad_x[:, : ctx.channels]
             grad_x = grad_x if mask is None else grad_x * mask
-            grad_x = fold_edges(grad_x, keep, ctx.step)
+            grad_x = fold_edges(grad_x, keep)
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.dtype)
         grad_weight = grad_weight[:, : ctx.channels].to(ctx.dtype)
         if ctx.scale != 1:
             grad_weight *= ctx.scale
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def pad_edges(x, keep, size):
-    """Upsample x, drop entries and pad: see EdgedConvolution.forward."""
-    height, width = size or x.shape[2:]
+def pad_edges(x, keep):
+    """Drop entries of x and pad it: see EdgedConvolution.forward."""
+    n, c, h, w = x.shape
     padded = torch.empty(
-        (*x.shape[:2], height + 2, width + 2),
+        (n, c, h + 2, w + 2),
         dtype=x.dtype,
         device=x.device,
         memory_format=torch.channels_last,
     )
-    for part, kept in copies(2 if size else 1, padded[..., 1:-1, 1:-1], keep):
-        h, w = part.shape[2:]
-        torch.mul(x[..., :h, :w], kept, out=part)
+    torch.mul(x, 1 if keep is None else keep, out=padded[..., 1:-1, 1:-1])
     for axis, (edge, inner) in itertools.product((2, 3), EDGES):
         padded.select(axis, edge).copy_(padded.select(axis, inner))
     return padded
 
 
-def fold_edges(grad, keep, step):
-    """Add up, in place, the gradients of each pixel's copies that pad_edges made.
-
-    Args:
-        grad: (N, C, H + 2, W + 2).
-        keep: as in pad_edges.
-        step: 2 if pad_edges upsampled, else 1.
-    """
+def fold_edges(grad, keep):
+    """Return the gradient of x from that of pad_edges, (N, C, H + 2, W + 2), and spoil it."""
     for axis, (edge, inner) in itertools.product((3, 2), EDGES):
         grad.select(axis, inner).add_(grad.select(axis, edge))
     grad = grad[..., 1:-1, 1:-1]
-    grad = grad if keep is None else grad * keep
-    if step == 1:
-        return grad
-    (first, _), *others = copies(step, grad, None)
-    grad_x = first.clone()  # the first copy of every pixel: none is cropped
-    for part, _ in others:
-        h, w = part.shape[2:]
-        grad_x[..., :h, :w].add_(part)
-    return grad_x
-
-
-def copies(step, inner, keep):
-    """Yield each step x step phase of a map `inner`, and of `keep`; 1 if that is None."""
-    for i, j in itertools.product(range(step), repeat=2):
-        part = ..., slice(i, None, step), slice(j, None, step)
-        yield inner[part], 1 if keep is None else keep[part]
+    return grad if keep is None else grad * keep
 
 
 def phase_weights(weight):
