@@ -44,7 +44,12 @@ class Window:
                 scalar.fill_(first)
 
     def place(self):
-        """Return the indices of the window's rows, (h, 1), and columns, (w,)."""
+        """Return the indices of the window's rows, (h, 1), and columns, (w,).
+
+        Those of the whole picture are slices, which make views.
+        """
+        if self.is_whole:
+            return slice(None), slice(None)
         rows, columns = (
             (first + torch.arange(size, device=self.corner.device)) % n
             for first, size, n in zip(self.corner, self.size, self.whole)
