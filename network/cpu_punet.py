@@ -74,12 +74,11 @@ def convolve_kept(layer, x, mask):
     if mask is None:
         scale = layer.numerator / full
         return EdgedConvolution.apply(x, layer.weight, layer.bias, scale), None
-    ratio = layer.numerator / (kept + 1e-8) * kept.clamp(0, 1)
-    output = EdgedConvolution.apply(x, layer.weight, None, 1, None, mask.to(x.dtype))
-    bias, ratio = (
-        expand(t.to(x.dtype), output) for t in (layer.bias.view(1, -1, 1, 1), ratio)
+    ratio = (layer.numerator / (kept + 1e-8) * kept.clamp(0, 1)).to(x.dtype)
+    output = EdgedConvolution.apply(
+        x, layer.weight, layer.bias, 1, None, mask.to(x.dtype), ratio
     )
-    return torch.addcmul(bias, output, ratio), updated
+    return output, updated
 
 
 def convolve_joined(network, layer, x, skip, draw):
@@ -142,13 +141,13 @@ class EdgedConvolution(torch.autograd.Function):
 
     Drops entries of x, pads it by one pixel with edge values, applies a mask and convolves
     with scale * weight: equals F.conv2d(F.pad(x * keep, (1, 1, 1, 1), mode="replicate") *
-    mask, scale * weight, bias), in the type of x.
+    mask, scale * weight) * ratio + bias, in the type of x.
 
     One function takes the place of many small ones, most of a step's time on a small map.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale=1, keep=None, mask=None):
+    def forward(ctx, x, weight, bias, scale=1, keep=None, mask=None, ratio=None):
         """Convolve x (N, C, H, W).
 
         Args:
@@ -156,6 +155,7 @@ class EdgedConvolution(torch.autograd.Function):
             scale: factor of the weight.
             keep: (N, C, H, W), 1 = kept, or None: all is kept.
             mask: (N, 1 or C, H + 2, W + 2), or None: 1 everywhere.
+            ratio: (N, 1, H, W), with a bias, or None: 1 everywhere.
         """
         padded = pad_edges(x, keep)
         if mask is not None:
@@ -165,17 +165,27 @@ class EdgedConvolution(torch.autograd.Function):
         if x.shape[1] == 1:  # PyTorch makes no channels_last maps from one channel
             padded, scaled = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (padded, scaled))
             scaled = scaled.contiguous(memory_format=torch.channels_last)
-        ctx.save_for_backward(padded, scaled, keep, mask)
         ctx.scale, ctx.channels, ctx.dtype = scale, x.shape[1], weight.dtype
-        return F.conv2d(padded, scaled, None if bias is None else bias.to(x.dtype))
+        bias = None if bias is None else bias.to(x.dtype)
+        output = F.conv2d(padded, scaled, bias if ratio is None else None)
+        if ratio is not None:
+            ratio = expand(ratio, output)
+            bias = expand(bias.view(1, -1, 1, 1), output)
+            output = torch.addcmul(bias, output, ratio)
+        ctx.save_for_backward(padded, scaled, keep, mask, ratio)
+        return output
 
     @staticmethod
     def backward(ctx, grad):
         """Return the gradients of x, weight and bias; grad is (N, K, H', W')."""
-        padded, scaled, keep, mask = ctx.saved_tensors
+        padded, scaled, keep, mask, ratio = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad[:3])
+        if ratio is not None:
+            grad_sum, grad, needed[2] = grad.sum((0, 2, 3)), grad * ratio, False
         grad_x, grad_weight, grad_bias = convolution.gradients(
-            padded, scaled, grad, ctx.needs_input_grad[:3]
+            padded, scaled, grad, needed
         )
+        grad_bias = grad_bias if ratio is None else grad_sum
         if grad_x is not None:
             grad_x = grad_x[:, : ctx.channels]
             grad_x = grad_x if mask is None else grad_x * mask
@@ -185,7 +195,7 @@ class EdgedConvolution(torch.autograd.Function):
         grad_weight = grad_weight[:, : ctx.channels].to(ctx.dtype)
         if ctx.scale != 1:
             grad_weight *= ctx.scale
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def pad_edges(x, keep):

@@ -1,5 +1,7 @@
 """Partial convolution (Liu et al., ECCV 2018), as the TensorFlow version of Self2Self has it."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -40,7 +42,8 @@ class PConv2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias
         )
-        window = torch.ones(1, 1, *self.kernel_size)
+        # Flat: in the order channels_last the convolution of a mask takes ten times as long.
+        window = torch.ones(math.prod(self.kernel_size))
         self.register_buffer("window", window, persistent=False)
         self.numerator = window.numel() * (in_channels if ratio == "entries" else 1)
 
@@ -77,4 +80,5 @@ class PConv2d(nn.Conv2d):
         """
         kept = mask.sum(1, keepdim=True) * (self.in_channels // mask.shape[1])
         settings = self.stride, self.padding, self.dilation
-        return F.conv2d(kept, self.window, None, *settings)
+        window = self.window.view(1, 1, *self.kernel_size)
+        return F.conv2d(kept, window, None, *settings)

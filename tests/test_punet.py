@@ -299,10 +299,14 @@ def test_edged_convolution_is_that_of_a_padded_map(shape, masked, keep):
     if keep:
         drawn = torch.rand(x.shape, generator=seeded(1)) < 0.7
         keep = drawn if keep == "bool" else drawn.float()
-    mask = block_mask(2, 1, height + 2, width + 2).float() if masked else None
+    mask = ratio = None
+    if masked:
+        mask = block_mask(2, 1, height + 2, width + 2).float()
+        ratio = random_image(2, 1, height, width, seed=5)
     padded = F.pad(x * (1 if keep is None else keep), (1,) * 4, mode="replicate")
-    expected = F.conv2d(padded * (mask if masked else 1), weight * 1.25, bias)
-    made = EdgedConvolution.apply(*given, 1.25, keep, mask)
+    expected = F.conv2d(padded * (mask if masked else 1), weight * 1.25)
+    expected = expected * (ratio if masked else 1) + bias.view(-1, 1, 1)
+    made = EdgedConvolution.apply(*given, 1.25, keep, mask, ratio)
     torch.testing.assert_close(made, expected)
     grad = random_image(*expected.shape, seed=2)
     before = grad.clone()
