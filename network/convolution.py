@@ -24,13 +24,15 @@ def gradients(x, weight, grad, needed):
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     slow = on_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2"
     ours = needed[1] and slow and x.shape[1] >= MIN_CHANNELS
-    asked = [needed[0], needed[1] and not ours, needed[2]]
+    asked = [needed[0], False, False] if ours else needed
     settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # no stride, no padding, ...
-    found = torch.ops.aten.convolution_backward(
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad, x, weight, [len(weight)], *settings, asked
     )
-    grad_weight = weight_gradient(x, grad, weight.shape) if ours else found[1]
-    return found[0], grad_weight, found[2]
+    if ours:
+        grad_weight = weight_gradient(x, grad, weight.shape)
+        grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
+    return grad_x, grad_weight, grad_bias
 
 
 def weight_gradient(x, grad, shape):
