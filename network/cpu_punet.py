@@ -13,10 +13,8 @@ from torch.nn import functional as F
 from network import convolution
 from network.punet import bent_sigmoid, double, halve
 
-EDGES = (
-    (0, 1),
-    (-1, -2),
-)  # of a padded axis: the place of a copy, and that of its original
+# Of a padded axis, at each end: the place of a copy, and that of its original.
+EDGES = (0, 1), (-1, -2)
 # On a map of so few pixels bfloat16 saves less than it takes to convert and reorder weights.
 SMALL_MAP = 64
 # On one of so few, one convolution of joined maps takes less time than two, and an addition.
@@ -112,14 +110,14 @@ def convolve_joined(network, layer, x, skip, draw):
 
 
 def draw_kept(network, channels, like, draw):
-    """Draw which entries of the first layer's input are kept: (N, channels, H, W).
+    """Draw which entries of a map are kept: (N, channels, H, W).
 
     Args:
         channels: the number of channels in which entries are dropped.
         like: a map with the N, H, W and the type of the mask.
 
     Returns:
-        1 = kept, or None if the drop rate is 0.
+        A mask, 1 = kept; or None, if the drop rate is 0.
     """
     if not network.drop_rate:
         return None
@@ -180,22 +178,22 @@ class EdgedConvolution(torch.autograd.Function):
     def backward(ctx, grad):
         """Return the gradients of x, weight and bias; grad is (N, K, H', W')."""
         padded, scaled, keep, mask, ratio = ctx.saved_tensors
-        needed = list(ctx.needs_input_grad[:3])
-        if ratio is not None:
-            grad_sum, grad, needed[2] = grad.sum((0, 2, 3)), grad * ratio, False
         grad_x, grad_weight, grad_bias = convolution.gradients(
-            padded, scaled, grad, needed
+            padded,
+            scaled,
+            grad if ratio is None else grad * ratio,
+            ctx.needs_input_grad[:3],
         )
-        grad_bias = grad_bias if ratio is None else grad_sum
+        if ratio is not None:
+            grad_bias = grad.sum((0, 2, 3))
         if grad_x is not None:
             grad_x = grad_x[:, : ctx.channels]
-            grad_x = grad_x if mask is None else grad_x * mask
-            grad_x = fold_edges(grad_x, keep)
+            grad_x = fold_edges(grad_x if mask is None else grad_x * mask, keep)
+        if grad_weight is not None:
+            grad_weight = grad_weight[:, : ctx.channels].to(ctx.dtype)
+            grad_weight = grad_weight if ctx.scale == 1 else grad_weight * ctx.scale
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.dtype)
-        grad_weight = grad_weight[:, : ctx.channels].to(ctx.dtype)
-        if ctx.scale != 1:
-            grad_weight *= ctx.scale
         return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
@@ -237,9 +235,8 @@ def phase_weights(weight):
     k, c = weight.shape[:2]
     taps = weight.permute(0, 2, 3, 1).reshape(k, 9, c)
     made = phase_matrix(weight.device, weight.dtype) @ taps
-    made = made.view(k, 2, 2, 2, 2, c).permute(
-        1, 3, 0, 2, 4, 5
-    )  # i, j, K, row, column, C
+    # From (K, i, row, j, column, C) to (i, j, K, row, column, C).
+    made = made.view(k, 2, 2, 2, 2, c).permute(1, 3, 0, 2, 4, 5)
     return made.reshape(4 * k, 2, 2, c).permute(0, 3, 1, 2)
 
 
