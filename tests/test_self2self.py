@@ -1,6 +1,7 @@
 """The learner: its loss, steps, ensemble and state."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from tensors import (
 )
 from torch import nn
 
+from network import restoring
+from network.ensemble import Restoration
 from network.masks import BernoulliMasks
-from network.restoring import predict_whole
-from network.self2self import dropped_loss
+from network.recipes import RECIPES
+from network.self2self import Self2Self, dropped_loss
 
 
 def test_loss_is_the_mean_over_dropped_entries():
@@ -172,7 +175,7 @@ def test_prediction_is_the_mean_of_the_ensemble():
     learner = train(begun(random_image(1, 32, 33), seed=5), 2)
     masks = BernoulliMasks(torch.device("cpu"), 5, 2)
     with torch.no_grad():
-        samples = [predict_whole(learner, masks, 1)[0] for _ in range(4)]
+        samples = [restoring.predict_whole(learner, masks, 1)[0] for _ in range(4)]
     assert not torch.equal(samples[0], samples[1])
     made = learner.predict(4)
     np.testing.assert_allclose(made.image, sum(samples) / 4, atol=1e-6)
@@ -281,3 +284,26 @@ def test_a_flat_images_flat_prediction_is_alive_and_a_saturated_one_dead():
         learner.restart = lambda: restarts.append(None)  # noqa: B023 - called here
         assert train(learner, 100).alive() is alive
         assert len(restarts) == 1 - alive
+
+
+def test_fusing_believes_a_clipped_entry_only_a_little_above_the_prediction(
+    monkeypatch,
+):
+    """The network has not learnt how bright a lamp is."""
+    seen = []
+
+    def fuse(what, mean, variance, observation, known, *_):
+        seen.append(known)
+        return mean, variance
+
+    monkeypatch.setattr(restoring, "fuse", fuse)
+    y, clipped = np.ones((1, 32, 32), np.float32), np.ones((1, 32, 32), bool)
+    clipped[..., 8:] = False
+    recipe = replace(RECIPES["paper"], fuse="noise", noise=25.0, photons=None)
+    learner = Self2Self(y, identity, None, recipe, clipped=clipped)
+    mean = np.full((1, 32, 32), 0.3, np.float32)
+    mean[..., :3] = 0.95, 0.85, 1.05
+    learner.fuse(Restoration(mean, mean, mean))
+    expected = torch.ones(1, 32, 32)
+    expected[..., 1:8] = 0
+    assert torch.equal(seen[0], expected)
