@@ -8,20 +8,17 @@ import sys
 
 import numpy as np
 import scipy.io
-import scipy.ndimage
 
 import network
 import pictures
 import results
 import utils
-from network import noise, recipes
+from network import recipes
 from network.blur import CircularBlur, gaussian_psf
 from network.noise import fill_unknown
-from network.psf import SECOND_SPARSE, doubt, estimate_psf, point
-from network.scale import find_scale
-from network.unknown import find_unknown
+from network.psf import SECOND_SPARSE, doubt, estimate_psf, off_centre, point
+from network.unknown import at_white, beside_lamps, find_unknown
 
-LAMP = 0.75  # of the range; a darker neighbour of a clipped entry is beside a lamp
 # The errors of a PSF act like noise of at least this sigma, where 255 is the picture's range.
 # With a smaller sigma the result rings. For a measured PSF, and for an estimated one.
 MEASURED_ERROR, ESTIMATED_ERROR = 2.0, 2.8
@@ -64,21 +61,6 @@ DEFAULTS = {
 }
 
 
-def off_centre(psf):
-    """Return a line that says how far a PSF (h, w) moves the picture; "" up to a pixel."""
-    down, right = (
-        (psf.sum(1 - axis) * np.arange(size)).sum() - size // 2
-        for axis, size in enumerate(psf.shape)
-    )
-    if np.hypot(down, right) <= 1:
-        return ""
-    return (
-        f"The PSF's mass lies {abs(right):.1f} pixels {'right' if right > 0 else 'left'} "
-        f"of its array's centre and {abs(down):.1f} {'below' if down > 0 else 'above'}: "
-        "the restored picture is moved as far the other way.\n"
-    )
-
-
 def choose_psf(args):
     """Return the PSF (h, w), and its name for the results folder.
 
@@ -100,50 +82,13 @@ def choose_psf(args):
     return gaussian_psf(size, sigma), f"gaussian{size}-{sigma:g}"
 
 
-def at_white(y, known):
-    """Return where y (C, H, W) has the largest known value of its channel.
-
-    There the scene, such as a lamp or a white sky, may be brighter than the sensor's white.
-    """
-    known = np.broadcast_to(known > 0, y.shape)
-    white = y.max((1, 2), keepdims=True, where=known, initial=-np.inf)
-    return known & (y == white)
-
-
-def beside_lamps(y, clipped):
-    """Return where y (C, H, W) is much darker than a clipped neighbour.
-
-    The blur has spread a lamp's light there. The network cannot predict a lamp many times
-    brighter than white, so these entries would mislead it.
-    """
-    low, white = y.min((1, 2), keepdims=True), y.max((1, 2), keepdims=True)
-    near = scipy.ndimage.binary_dilation(clipped, np.ones((1, 3, 3)))
-    return near & (y < low + LAMP * (white - low))
-
-
 def choose(args, y, source, clipped=None):
     """Return this picture's recipe, and its noise: given, a camera's, or found."""
-    sigma = args.noise_sigma if args.observed else args.sigma
-    inner, known = y[source.place], source.known[source.place]
-    measured = known if clipped is None else known * ~clipped[source.place]
-    found = noise.noise_of(inner, measured, sigma, args.real_noise)
     error = ESTIMATED_ERROR if args.kernel == "estimate" else MEASURED_ERROR
-    filled = find_scale(inner, known, blurred=True).span  # without hot pixels
-    least, taken = error * min(np.ptp(inner), filled), found
-    if sigma is None and (found.sigma() or least) < least:  # the user gave no sigma
-        taken = noise.white(least)
-    recipe = recipes.adapt(
-        args.recipe,
-        y,
-        source.known,
-        taken,
-        given=vars(args),
-        eight_bits=source.eight_bits,
-        blurred=True,
-    )
-    if (recipe.noise or 0) > 100 * 255:
-        raise utils.InputError(f"{source.path}: noise 100 times the picture's range")
-    return recipe, found
+    try:
+        return recipes.choose(args, y, source, error, clipped)
+    except ValueError as fault:
+        raise utils.InputError(f"{source.path}: {fault}") from None
 
 
 def estimate(result, x, size):

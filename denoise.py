@@ -7,7 +7,7 @@ import numpy as np
 import network
 import results
 import utils
-from network import noise, recipes
+from network import recipes
 from network.blur import identity
 from network.unknown import find_unknown
 
@@ -46,17 +46,10 @@ DEFAULTS = {
 
 def choose(args, y, source):
     """Return this picture's recipe, and its noise: given, a camera's, or found."""
-    sigma = args.noise_sigma if args.observed else args.sigma
-    inner, known = y[source.place], source.known[source.place]
-    found = noise.noise_of(inner, known, sigma, args.real_noise)
-    options = {"given": vars(args), "eight_bits": source.eight_bits}
-    recipe = recipes.adapt(args.recipe, y, source.known, found, **options)
-    if recipe.fuse == "noise" and recipe.noise is None:
-        fault = f"its noise is {found.describe()}; --fuse on needs a --noise_sigma"
-        raise utils.InputError(f"{source.path}: {fault}")
-    if (recipe.noise or 0) > 100 * 255:
-        raise utils.InputError(f"{source.path}: noise 100 times the picture's range")
-    return recipe, found
+    try:
+        return recipes.choose(args, y, source)
+    except ValueError as fault:
+        raise utils.InputError(f"{source.path}: {fault}") from None
 
 
 def restore(args, result):

@@ -109,6 +109,21 @@ def doubt(psf, second):
     return "the PSF is estimated; kernel.png shows it"
 
 
+def off_centre(psf):
+    """Return a line that says how far a PSF (h, w) moves the picture; "" up to a pixel."""
+    down, right = (
+        (psf.sum(1 - axis) * np.arange(size)).sum() - size // 2
+        for axis, size in enumerate(psf.shape)
+    )
+    if np.hypot(down, right) <= 1:
+        return ""
+    return (
+        f"The PSF's mass lies {abs(right):.1f} pixels {'right' if right > 0 else 'left'} "
+        f"of its array's centre and {abs(down):.1f} {'below' if down > 0 else 'above'}: "
+        "the restored picture is moved as far the other way.\n"
+    )
+
+
 def _sharpest_part(gray):
     """Return the part of a picture (H, W) with the strongest edges, PATCH_SIDE pixels a side."""
     edges = scipy.ndimage.gaussian_gradient_magnitude(gray, 2)
