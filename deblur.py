@@ -2,6 +2,10 @@
 
 The PSF k is known, or estimated from the picture. The convolution is circular, or includes
 pixels beyond the picture's edge, as in a camera.
+
+Examples:
+    python deblur.py photo.jpg --observed --kernel estimate --output sharp.jpg
+    python deblur.py --crop 256  (blurs a test image by a Gaussian, and deblurs it)
 """
 
 import sys
@@ -15,8 +19,18 @@ import results
 import utils
 from network import recipes
 from network.blur import CircularBlur, gaussian_psf
-from network.noise import fill_unknown
-from network.psf import SECOND_SPARSE, doubt, estimate_psf, off_centre, point
+from network.device import open_device
+from network.forecast import Forecast
+from network.noise import fill_unknown, gaussian_noise
+from network.psf import (
+    SECOND_SPARSE,
+    doubt,
+    estimate_psf,
+    find_shift,
+    off_centre,
+    point,
+    without_offset,
+)
 from network.unknown import at_white, beside_lamps, find_unknown
 
 # The errors of a PSF act like noise of at least this sigma, where 255 is the picture's range.
@@ -57,6 +71,7 @@ DEFAULTS = {
     "test_frequency": 1000,  # steps
     "num_prediction": 100,
     "model_type": "deblur",
+    "output": None,  # file, or folder for several pictures
     "log_path": "./logs/deblur/log.txt",
 }
 
@@ -77,7 +92,12 @@ def choose_psf(args):
             print(f"--kernel_size {args.kernel_size}: {size}, for a PSF has a middle")
         return point(size), f"estimate{size}"
     if args.kernel:
-        return pictures.read_psf(args.kernel), utils.contents_name(args.kernel)
+        psf = pictures.read_psf(args.kernel)
+        if not args.kernel.lower().endswith((".mat", ".npy")):  # a picture of a point
+            given, psf = psf, without_offset(psf)
+            if psf is not given:
+                print(f"{args.kernel}: a camera's offset is subtracted")
+        return psf, utils.contents_name(args.kernel)
     size, sigma = args.kernel_size or 15, args.kernel_sigma or 1.0
     return gaussian_psf(size, sigma), f"gaussian{size}-{sigma:g}"
 
@@ -100,7 +120,7 @@ def estimate(result, x, size):
     record = (
         result.args.resume and found.exists() and results.read_record(result.folder)
     )
-    if record and record["made_from"].get("image or noise") == utils.digest([x]):
+    if record and record["made_from"].get("image or noise") == utils.digest(x):
         return scipy.io.loadmat(found)["kernel"]
     if 2 * size > min(x.shape[1:]) or np.ptp(x) == 0:
         raise utils.InputError(
@@ -131,10 +151,9 @@ def restore(args, result, psf, blur):
         whole = fill_unknown(x[source.place], known[source.place] > 0)
         psf = estimate(result, whole, len(psf))
         blur = CircularBlur(psf)
-    result.may_be_moved = args.observed and (
-        args.kernel == "estimate" or bool(off_centre(psf))
-    )
-    n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
+    if args.observed and (args.kernel == "estimate" or off_centre(psf)):
+        result.find_shift = find_shift
+    n = gaussian_noise(x.shape, args.sigma, args.seed)
     blurred = x if args.observed else blur(torch.from_numpy(x)[None])[0].numpy()
     y = np.where(known, x if args.observed else blurred + n, 0)
     clipped = None
@@ -145,8 +164,8 @@ def restore(args, result, psf, blur):
     learner = network.Self2Self(
         y, blur, known, recipe, args.seed, args.device, clipped=clipped
     )
-    result.begin(learner, y, found, psf, n=n, blurred=blurred)
-    result.resume()  # with --resume
+    result.begin(learner, y, found, psf)
+    result.resume(Forecast(learner, args.test_frequency, args.num_prediction))
     while not result.is_complete():
         if result.awaits_test():
             restored = learner.predict(args.num_prediction, result.advance)
@@ -160,7 +179,7 @@ def restore(args, result, psf, blur):
 
 def main(argv=None):
     """Run the script; return its exit status."""
-    args = utils.parse_arguments(__doc__, DEFAULTS, recipes.RECIPES, argv)
+    args = utils.parse_arguments(__doc__, DEFAULTS, open_device, argv)
     try:
         psf, psf_name = choose_psf(args)
     except (utils.InputError, OSError) as error:
