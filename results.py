@@ -190,8 +190,7 @@ class Source:
             counts = {"not measured (they come back as they are)": gaps.sum()}
             counts["far off all their neighbours (they are predicted)"] = outliers.sum()
             why = ", ".join(f"{n} {why}" for why, n in counts.items() if n)
-            name = "/".join(utils.result_names(self.path))
-            tqdm.write(f"{name}: {why}: unknown, of {gaps.size} entries")
+            tqdm.write(f"{self.path}: {why}: unknown, of {gaps.size} entries")
         return self.known
 
 
@@ -199,7 +198,7 @@ class Source:
 
 COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr")
 COLUMNS += ("moved_psnr", "down", "right", "seconds")  # at the shift that fits best
-EVERY = 60  # seconds between two checkpoints, or two logs, at least
+FEW = 3  # a mean of a file's whole numbers that rounding would change
 
 
 def row_text(row):
@@ -394,6 +393,9 @@ class Result:
         picture.save(self._restored_path(), image)
         if not self.is_complete():
             picture.save(self.folder / f"Self2Self-{step}.png", image)
+        if picture.dtype.kind != "f" and picture.peak * image.mean() < FEW:
+            advice = "rounding changes numbers so small; save it as float, in a TIFF"
+            tqdm.write(f"{self.name}: {advice}")
         deviation = picture.peak * np.sqrt(restored.variance[source.place].mean(0))
         title = f"standard deviation of the predictions, 0 to {deviation.max():.3g}"
         panel = {title: deviation[None]}
@@ -424,7 +426,7 @@ class Result:
             self.forecast.start(self.is_complete())
         tested = self.learner.step == self.tested_step
         self.advance(1, "test" if tested else "step")
-        late = time.perf_counter() - self.saved_at > EVERY
+        late = time.perf_counter() - self.saved_at > utils.EVERY
         if (late or tested) and not self.is_complete():
             self._save_checkpoint()
 
@@ -465,11 +467,10 @@ class Result:
 
 
 def read_record(folder):
-    """Return the record of a results folder; None if this program has written none."""
+    """Return the record of a results folder; None if this version has written none."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         record = json.loads((folder / "record.json").read_text())
-        ours = {"made_from", "columns", "rows", "losses", "finished", "written"}
-        return record if ours <= record.keys() else None
+        return record if record["columns"] == [*COLUMNS] else None
 
 
 def read_checkpoint(path):
@@ -644,15 +645,14 @@ class Run:
         for file in self.files:
             record = read_record(self.folder(file))
             since = self.started - (0 if file in ours else SKEW)
-            if record and record["columns"] == [*COLUMNS]:  # not another version's
-                resumed = self.args.resume and str(file) not in failed
-                if resumed or record["written"] >= since:
-                    found[file] = record
+            resumed = self.args.resume and str(file) not in failed
+            if record and (resumed or record["written"] >= since):
+                found[file] = record
         return found
 
     def log_test(self):
         """Write the logs after a test, unless they were written just now: it may take long."""
-        if time.perf_counter() - self.logged_at > EVERY:
+        if time.perf_counter() - self.logged_at > utils.EVERY:
             self.write_logs()
             self.logged_at = time.perf_counter()
 

@@ -404,7 +404,7 @@ def named_settings(args, defaults, psf):
 
 # --- progress ------------------------------------------------------------------------
 
-EVERY, FIRST = 60, 5  # seconds between two lines, and to the first one
+EVERY, FIRST = 60, 5  # seconds between two lines or checkpoints; to the first line
 
 
 class Progress:

@@ -92,7 +92,7 @@ def test_the_summary_has_what_another_process_finishes_meanwhile(monkeypatch):
     for name in "ab":
         write(f"in/{name}.png")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(results, "EVERY", 0)
+    monkeypatch.setattr(utils, "EVERY", 0)
     plain, calls = utils.csv_text, []
 
     def late(rows):

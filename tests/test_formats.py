@@ -357,6 +357,14 @@ def test_a_mask_says_what_is_missing_as_it_looks(capsys):
     assert "1.25% missing" in told and "as it is" not in told
 
 
+@pytest.mark.parametrize(("dtype", "told"), [("uint16", 1), ("float32", 0)])
+def test_an_integer_file_of_photon_counts_says_to_save_as_float(dtype, told, capsys):
+    tifffile.imwrite("a.tif", RNG.poisson(0.5, (40, 40)).astype(dtype))
+    flags = "--observed --noise_sigma 0 --missing 0.9 --test_frequency 4"
+    assert run("denoise", f"--path a.tif {flags}") == 0
+    assert capsys.readouterr().out.count("save it as float") == told
+
+
 def test_damaged_files_are_no_noise_on_stderr():
     for library in ("tifffile", "imagecodecs"):
         assert logging.getLogger(library).level > logging.CRITICAL
