@@ -89,7 +89,7 @@ def choose_psf(args):
             )
         size = (args.kernel_size or 31) // 2 * 2 + 1
         if size != (args.kernel_size or size):
-            print(f"--kernel_size {args.kernel_size}: {size}, for a PSF has a middle")
+            print(f"--kernel_size {args.kernel_size}: {size}, because it must be odd")
         return point(size), f"estimate{size}"
     if args.kernel:
         psf = pictures.read_psf(args.kernel)

@@ -72,14 +72,15 @@ class Picture(NamedTuple):
 
     def refuse_format(self, path):
         """Raise InputError if a file of that name cannot hold this picture."""
-        suffix, most = Path(path).suffix.lower(), 2
-        if suffix in JPEG:
-            most = 1 if self.alpha is None else 0
-        if suffix not in TIFF and (
-            self.dtype.kind != "u" or self.dtype.itemsize > most
-        ):
+        fitting = [*TIFF]
+        if self.dtype.kind == "u" and self.dtype.itemsize <= 2:
+            fitting.append(".png")
+        if self.dtype == np.uint8 and self.alpha is None:
+            fitting += JPEG
+        if path.suffix.lower() not in fitting:
             alpha = "" if self.alpha is None else " with alpha"
-            raise InputError(f"--output {path}: {self.dtype} pixels{alpha} need a .tif")
+            fault = f"{self.dtype} pixels{alpha} need {' or '.join(fitting)}"
+            raise InputError(f"--output {path}: {fault}")
 
     def refuse_misfit(self, path, other, its_path, channels):
         """Raise InputError unless another Picture has our size, and one channel or as many."""
@@ -342,7 +343,7 @@ def read_tiff(path, crop):
         all_series = utils.full_series(tiff)
         count = sum(n for _, n in all_series)
         if count > 1 and not stack:
-            raise InputError(f"{count} planes; save the one to use by itself")
+            raise InputError(f"it has {count} planes; save the one to use as a file")
         places = [(series, number) for series, n in all_series for number in range(n)]
         series, number = places[int(path.name) - 1 if stack else 0]
         page, metadata = series.keyframe, tiff_arguments(series)
@@ -484,7 +485,7 @@ def load_mat(path, key):
         arrays = scipy.io.loadmat(file)
     found = {k: v for k, v in arrays.items() if k[:2] != "__" and np.ndim(v) == 2}
     if key not in found and len(found) != 1:
-        raise InputError(f"neither `{key}` nor a single matrix")
+        raise InputError(f"it has neither `{key}` nor a single matrix")
     return found.get(key, next(iter(found.values())))
 
 

@@ -190,7 +190,7 @@ class Source:
             counts = {"not measured (they come back as they are)": gaps.sum()}
             counts["far off all their neighbours (they are predicted)"] = outliers.sum()
             why = ", ".join(f"{n} {why}" for why, n in counts.items() if n)
-            tqdm.write(f"{self.path}: {why}: unknown, of {gaps.size} entries")
+            tqdm.write(f"{self.path}: of {gaps.size} entries are unknown: {why}")
         return self.known
 
 
@@ -495,7 +495,7 @@ def refuse_to_replace(path):
     """Raise InputError for a file unless --output wrote it and nobody changed it since."""
     ours = OUTPUTS.read_bytes() if OUTPUTS.exists() else b""
     if path.exists() and utils.file_digest(path).encode() not in ours:
-        raise InputError(f"--output {path}: no run wrote this file; name another")
+        raise InputError(f"--output {path}: no run wrote it as it is; name another")
 
 
 class Run:
@@ -548,10 +548,8 @@ class Run:
         if there and not (log.exists() and log.read_bytes().startswith(b"path: ")):
             raise InputError(f"--log_path: {there[0]} is no log of ours; name another")
         for whole, path in zip(self.wholes, outputs):
-            kinds = utils.TIFF if whole in self.stacks else utils.SUFFIXES
-            if path.suffix.lower() not in kinds:
-                ends = " or ".join(kinds)
-                raise InputError(f"--output {path}: a name that ends in {ends}")
+            if whole in self.stacks and path.suffix.lower() not in utils.TIFF:
+                raise InputError(f"--output {path}: a stack needs .tif or .tiff")
             refuse_to_replace(path)
         folders = {path.parent for path in (log, *outputs)}
         for folder in folders | {*map(self.folder, self.files)}:

@@ -112,7 +112,7 @@ def bad_inputs():
         ("--kernel cube.npy", "matrix"),
         ("--kernel nan.npy", "finite"),
         ("--kernel object.npy", "object.npy is damaged, or no PSF"),
-        ("--kernel two.mat", "two.mat: neither `kernel` nor a single matrix"),
+        ("--kernel two.mat", "two.mat: it has neither `kernel` nor a single matrix"),
         ("--kernel text.mat", "text.mat is damaged, or no PSF"),
         ("--kernel cut.png", "cut.png is damaged"),
         ("--kernel text.txt", "a PSF is .mat, .npy or an image"),

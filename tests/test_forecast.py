@@ -42,7 +42,7 @@ def test_until_a_part_is_measured_it_is_guessed_by_its_pixels(clock):
 
 
 def test_measured_times_replace_the_guesses(clock):
-    made = forecast.Forecast(learner(iteration=4), 2, 3)
+    made = forecast.Forecast(learner(iteration=5), 2, 3)
     made.start(complete=False)
     for part, seconds, n in (
         ("step", 1, 1),
@@ -53,7 +53,7 @@ def test_measured_times_replace_the_guesses(clock):
     ):
         clock(seconds)
         made.count(part, n)
-    assert made.seconds_left() == pytest.approx(2 * 2 + 3 * 5 + 40)
+    assert made.seconds_left() == pytest.approx(3 * 2 + 6 * 5 + 2 * 40)
 
 
 def test_a_restart_counts_from_its_step_and_keeps_what_was_measured(clock):

@@ -74,12 +74,12 @@ def test_what_a_format_cannot_hold_is_refused_before_training(capsys):
     tifffile.imwrite("stack.tif", stack, photometric="minisblack")
     before = files()
     for given, output, words in (
-        ("deep.tif", "b.jpg", "uint16 pixels need a .tif"),
-        ("alpha.png", "b.jpg", "uint8 pixels with alpha need a .tif"),
-        ("float.tif", "b.png", "float32 pixels need a .tif"),
-        ("stack.tif", "b.png", "a name that ends in .tif or .tiff"),
-        ("alpha.png", "b.webp", "a name that ends in .png or .jpg"),
-        ("alpha.png", "b", "a name that ends in .png or .jpg"),
+        ("deep.tif", "b.jpg", "uint16 pixels need .tif or .tiff or .png"),
+        ("alpha.png", "b.jpg", "uint8 pixels with alpha need .tif or .tiff or .png"),
+        ("float.tif", "b.png", "float32 pixels need .tif or .tiff"),
+        ("stack.tif", "b.png", "a stack needs .tif or .tiff"),
+        ("alpha.png", "b.webp", "uint8 pixels with alpha need .tif"),
+        ("deep.tif", "b", "uint16 pixels need .tif"),
     ):
         assert run("denoise", f"{given} --observed --output {output}") == 2
         err = capsys.readouterr().err
@@ -99,7 +99,7 @@ def test_neither_an_input_nor_anothers_file_is_replaced(capsys):
         ("denoise", "", "clean.png", "a folder or an input"),
         ("deblur", "--kernel clean.png", "clean.png", "a folder or an input"),
         ("denoise", "", "in", "a folder or an input"),
-        ("denoise", "", "mine.png", "no run wrote this file"),
+        ("denoise", "", "mine.png", "no run wrote it as it is"),
     ):
         assert run(task, f"{flags} {more} --output {output}") == 2
         err = capsys.readouterr().err
@@ -113,7 +113,7 @@ def test_a_file_that_was_changed_since_is_kept(capsys):
     edited = Path("b.png").read_bytes() + b"edited"
     Path("b.png").write_bytes(edited)
     assert run("denoise", "in/a.png --output b.png") == 2
-    assert "no run wrote this file" in capsys.readouterr().err
+    assert "no run wrote it as it is" in capsys.readouterr().err
     assert Path("b.png").read_bytes() == edited
 
 
