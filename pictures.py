@@ -95,8 +95,7 @@ class Picture(NamedTuple):
         The path's suffix selects the format. A TIFF gets the file's own numbers. A PNG or
         JPEG goes from black to white, in 16 bits where the file has more than 8.
         """
-        suffix = Path(path).suffix.lower()
-        black, white = black_and_white(self.image)
+        suffix, (black, white) = Path(path).suffix.lower(), black_and_white(self.image)
         image = np.clip(image, 0, 1) if (black, white) == (0, 1) else image
         image = np.broadcast_to(image, (self.stored, *image.shape[1:]))
         if suffix in TIFF:

@@ -76,7 +76,7 @@ def curves(records):
 
 # --- the picture that was read -------------------------------------------------------
 
-MAX_JUDGED = 2**23  # entries of a stack in which its noise is looked for, about
+MAX_JUDGED = 2**23  # entries; of a larger stack not every plane is searched for noise
 
 
 class Stack:
@@ -89,7 +89,8 @@ class Stack:
 class Source:
     """A picture as it was read, which of its entries are known, and its reference.
 
-    `image` and `known` have the margin; all other arrays, (C, h, w), lie at `place`.
+    `image` and `known` include the margin. All other arrays, (C, h, w), are without it:
+    `place` says where they lie in `image`.
 
     Args:
         path: the image file.
@@ -127,14 +128,14 @@ class Source:
             raise InputError(f"{path}: the PSF leaves {left} or more")
         self.size = pictures.describe(*self.as_read.shape)
         self.eight_bits = picture.dtype == np.uint8 and picture.peak == 255
-        # What is unknown besides --mask and --missing; what of it comes back as_read.
+        # Entries that leave_out was given; those of them that come back as_read.
         self.left_out = self.gaps = np.zeros(self.as_read.shape, bool)
         self.known = np.zeros_like(known)  # 1 or 0, (C, H, W) or (1, H, W), float32
         self.known[self.place] = self.unmasked = known[self.place]
         self._refuse_nothing_known()
 
     def _read_known(self):
-        """Return what --mask or --missing leave known of the whole picture."""
+        """Return which entries --mask or --missing leave known, without the margin."""
         args, known = self.args, np.ones((1, *self.picture.image.shape[1:]), np.float32)
         if args.missing:  # the noise has the same seed, and must have other draws
             draws = np.random.default_rng((args.seed, 1)).random(known.shape)
@@ -153,10 +154,10 @@ class Source:
         return np.broadcast_to(reference.measured(), self.picture.image.shape)
 
     def whole_stack(self):
-        """Return the stack's planes, one below the other, and what of them is not masked.
+        """Return the stack's planes, one below the other, and where they are not masked.
 
-        (C, n h, w), NaN where nothing was measured; (C, n h, w) or (1, n h, w), bool. Of a
-        large stack only some planes are read.
+        The planes are (C, n h, w), NaN where nothing was measured. The other array is (C, n h, w)
+        or (1, n h, w), bool.
         """
         every = math.ceil(len(self.stack.planes) * self.as_read.size / MAX_JUDGED)
         planes = self.stack.planes[::every]
@@ -171,7 +172,7 @@ class Source:
             raise InputError(f"{self.path}: every pixel is missing")
 
     def leave_out(self, gaps, outliers):
-        """Take entries as unknown; say how many, and why; return what is known then.
+        """Mark entries as unknown, print how many and why, and return what is known now.
 
         `gaps` come back as they were read, `outliers` are predicted: see network.unknown.
         Both are (C, H, W), bool, with the margin.
@@ -198,7 +199,7 @@ class Source:
 
 COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr")
 COLUMNS += ("moved_psnr", "down", "right", "seconds")  # at the shift that fits best
-FEW = 3  # a mean of a file's whole numbers that rounding would change
+FEW = 3  # rounding to whole numbers changes a smaller mean
 
 
 def row_text(row):
@@ -261,7 +262,7 @@ class Result:
         source, picture, place = self.source, self.source.picture, self.source.place
         self.learner = learner
         self.observation = np.where(source.left_out, source.as_read, y[place])
-        # What is known is the result if there is neither noise nor blur.
+        # Without noise and blur the known entries are the result.
         exact = noise.kind == "none" and psf is None
         self.unchanged = source.gaps | (exact and source.known[place] > 0)
         self._describe(noise, exact)
@@ -408,7 +409,7 @@ class Result:
         tqdm.write(f"{self.name}: {row_text(self.record['rows'][-1])}")
 
     def advance(self, n, part="prediction"):
-        """Show that n predictions (steps, tests) are done; after a signal, save and exit."""
+        """Count n parts (see Forecast) as done; after a signal, save and exit."""
         self.forecast.count(part, n)
         self.progress.show(self.forecast.seconds_left())
         if self.progress.stopping:
@@ -445,7 +446,7 @@ class Result:
         self.saved_step, self.saved_at = self.learner.step, time.perf_counter()
 
     def finish(self, failed=None):
-        """Complete the record, with what failed; remove a checkpoint of no more use."""
+        """Complete the record; without a failure remove the checkpoint, deliver the result."""
         self.progress.close()
         if self.begun:
             self.record |= {"finished": not failed, "failed": failed}
@@ -528,7 +529,7 @@ class Run:
             sys.exit(2)
 
     def _check(self):
-        """Raise InputError if a file would be written in another's place."""
+        """Raise InputError if a file would replace another, or --reference does not fit."""
         args, log = self.args, self.log
         if not log.name or log.suffix in (".csv", ".png"):
             raise InputError(f"--log_path {log}: a text file, such as log.txt")

@@ -10,8 +10,8 @@ FUSING = 60  # predictions of one channel that take as long as fusing it
 class Forecast:
     """The seconds that a learner's steps, predictions and tests still take.
 
-    A test is what follows an ensemble: fusing, scores and files. A part's time is the mean
-    of those done. Until one is done it is guessed: it is so many times that of a step.
+    A test is what follows an ensemble: fusing, scores and files. A part takes the mean time
+    of those done. Until one is done we guess how many steps' time it takes.
 
     Args:
         learner: a Self2Self.
