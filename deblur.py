@@ -2,26 +2,37 @@
 
 The PSF k is known, or estimated from the picture. The convolution is circular, or includes
 pixels beyond the picture's edge, as in a camera.
+
+Examples:
+    python deblur.py photo.jpg --observed --kernel estimate --output sharp.jpg
+    python deblur.py --crop 256  (blurs a test image by a Gaussian, and deblurs it)
 """
 
 import sys
 
 import numpy as np
 import scipy.io
-import scipy.ndimage
 
 import network
 import pictures
 import results
 import utils
-from network import noise, recipes
+from network import recipes
 from network.blur import CircularBlur, gaussian_psf
-from network.noise import fill_unknown
-from network.psf import SECOND_SPARSE, doubt, estimate_psf, point
-from network.scale import find_scale
-from network.unknown import find_unknown
+from network.device import open_device
+from network.forecast import Forecast
+from network.noise import fill_unknown, gaussian_noise
+from network.psf import (
+    SECOND_SPARSE,
+    doubt,
+    estimate_psf,
+    find_shift,
+    off_centre,
+    point,
+    without_offset,
+)
+from network.unknown import at_white, beside_lamps, find_unknown
 
-LAMP = 0.75  # of the range; a darker neighbour of a clipped entry is beside a lamp
 # The errors of a PSF act like noise of at least this sigma, where 255 is the picture's range.
 # With a smaller sigma the result rings. For a measured PSF, and for an estimated one.
 MEASURED_ERROR, ESTIMATED_ERROR = 2.0, 2.8
@@ -60,23 +71,9 @@ DEFAULTS = {
     "test_frequency": 1000,  # steps
     "num_prediction": 100,
     "model_type": "deblur",
+    "output": None,  # file, or folder for several pictures
     "log_path": "./logs/deblur/log.txt",
 }
-
-
-def off_centre(psf):
-    """Return a line that says how far a PSF (h, w) moves the picture; "" up to a pixel."""
-    down, right = (
-        (psf.sum(1 - axis) * np.arange(size)).sum() - size // 2
-        for axis, size in enumerate(psf.shape)
-    )
-    if np.hypot(down, right) <= 1:
-        return ""
-    return (
-        f"The PSF's mass lies {abs(right):.1f} pixels {'right' if right > 0 else 'left'} "
-        f"of its array's centre and {abs(down):.1f} {'below' if down > 0 else 'above'}: "
-        "the restored picture is moved as far the other way.\n"
-    )
 
 
 def choose_psf(args):
@@ -92,58 +89,26 @@ def choose_psf(args):
             )
         size = (args.kernel_size or 31) // 2 * 2 + 1
         if size != (args.kernel_size or size):
-            print(f"--kernel_size {args.kernel_size}: {size}, for a PSF has a middle")
+            print(f"--kernel_size {args.kernel_size}: {size}, because it must be odd")
         return point(size), f"estimate{size}"
     if args.kernel:
-        return pictures.read_psf(args.kernel), utils.contents_name(args.kernel)
+        psf = pictures.read_psf(args.kernel)
+        if not args.kernel.lower().endswith((".mat", ".npy")):  # a picture of a point
+            given, psf = psf, without_offset(psf)
+            if psf is not given:
+                print(f"{args.kernel}: a camera's offset is subtracted")
+        return psf, utils.contents_name(args.kernel)
     size, sigma = args.kernel_size or 15, args.kernel_sigma or 1.0
     return gaussian_psf(size, sigma), f"gaussian{size}-{sigma:g}"
 
 
-def at_white(y, known):
-    """Return where y (C, H, W) has the largest known value of its channel.
-
-    There the scene, such as a lamp or a white sky, may be brighter than the sensor's white.
-    """
-    known = np.broadcast_to(known > 0, y.shape)
-    white = y.max((1, 2), keepdims=True, where=known, initial=-np.inf)
-    return known & (y == white)
-
-
-def beside_lamps(y, clipped):
-    """Return where y (C, H, W) is much darker than a clipped neighbour.
-
-    The blur has spread a lamp's light there. The network cannot predict a lamp many times
-    brighter than white, so these entries would mislead it.
-    """
-    low, white = y.min((1, 2), keepdims=True), y.max((1, 2), keepdims=True)
-    near = scipy.ndimage.binary_dilation(clipped, np.ones((1, 3, 3)))
-    return near & (y < low + LAMP * (white - low))
-
-
 def choose(args, y, source, clipped=None):
     """Return this picture's recipe, and its noise: given, a camera's, or found."""
-    sigma = args.noise_sigma if args.observed else args.sigma
-    inner, known = y[source.place], source.known[source.place]
-    measured = known if clipped is None else known * ~clipped[source.place]
-    found = noise.noise_of(inner, measured, sigma, args.real_noise)
     error = ESTIMATED_ERROR if args.kernel == "estimate" else MEASURED_ERROR
-    filled = find_scale(inner, known, blurred=True).span  # without hot pixels
-    least, taken = error * min(np.ptp(inner), filled), found
-    if sigma is None and (found.sigma() or least) < least:  # the user gave no sigma
-        taken = noise.white(least)
-    recipe = recipes.adapt(
-        args.recipe,
-        y,
-        source.known,
-        taken,
-        given=vars(args),
-        eight_bits=source.eight_bits,
-        blurred=True,
-    )
-    if (recipe.noise or 0) > 100 * 255:
-        raise utils.InputError(f"{source.path}: noise 100 times the picture's range")
-    return recipe, found
+    try:
+        return recipes.choose(args, y, source, error, clipped)
+    except ValueError as fault:
+        raise utils.InputError(f"{source.path}: {fault}") from None
 
 
 def estimate(result, x, size):
@@ -155,7 +120,7 @@ def estimate(result, x, size):
     record = (
         result.args.resume and found.exists() and results.read_record(result.folder)
     )
-    if record and record["made_from"].get("image or noise") == utils.digest([x]):
+    if record and record["made_from"].get("image or noise") == utils.digest(x):
         return scipy.io.loadmat(found)["kernel"]
     if 2 * size > min(x.shape[1:]) or np.ptp(x) == 0:
         raise utils.InputError(
@@ -186,10 +151,9 @@ def restore(args, result, psf, blur):
         whole = fill_unknown(x[source.place], known[source.place] > 0)
         psf = estimate(result, whole, len(psf))
         blur = CircularBlur(psf)
-    result.may_be_moved = args.observed and (
-        args.kernel == "estimate" or bool(off_centre(psf))
-    )
-    n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
+    if args.observed and (args.kernel == "estimate" or off_centre(psf)):
+        result.find_shift = find_shift
+    n = gaussian_noise(x.shape, args.sigma, args.seed)
     blurred = x if args.observed else blur(torch.from_numpy(x)[None])[0].numpy()
     y = np.where(known, x if args.observed else blurred + n, 0)
     clipped = None
@@ -200,8 +164,8 @@ def restore(args, result, psf, blur):
     learner = network.Self2Self(
         y, blur, known, recipe, args.seed, args.device, clipped=clipped
     )
-    result.begin(learner, y, found, psf, n=n, blurred=blurred)
-    result.resume()  # with --resume
+    result.begin(learner, y, found, psf)
+    result.resume(Forecast(learner, args.test_frequency, args.num_prediction))
     while not result.is_complete():
         if result.awaits_test():
             restored = learner.predict(args.num_prediction, result.advance)
@@ -215,7 +179,7 @@ def restore(args, result, psf, blur):
 
 def main(argv=None):
     """Run the script; return its exit status."""
-    args = utils.parse_arguments(__doc__, DEFAULTS, recipes.RECIPES, argv)
+    args = utils.parse_arguments(__doc__, DEFAULTS, open_device, argv)
     try:
         psf, psf_name = choose_psf(args)
     except (utils.InputError, OSError) as error:

@@ -1,4 +1,9 @@
-"""Denoise images with Self2Self, each learnt from its own noisy pixels: y = x + n."""
+"""Denoise images with Self2Self, each learnt from its own noisy pixels: y = x + n.
+
+Examples:
+    python denoise.py photo.jpg --observed --output clean.jpg
+    python denoise.py --crop 256  (adds noise of sigma 25 to a test image, and removes it)
+"""
 
 import sys
 
@@ -7,8 +12,11 @@ import numpy as np
 import network
 import results
 import utils
-from network import noise, recipes
+from network import recipes
 from network.blur import identity
+from network.device import open_device
+from network.forecast import Forecast
+from network.noise import gaussian_noise
 from network.unknown import find_unknown
 
 DEFAULTS = {
@@ -40,23 +48,17 @@ DEFAULTS = {
     "test_frequency": 1000,  # steps
     "num_prediction": 100,
     "model_type": "denoise",
+    "output": None,  # file, or folder for several pictures
     "log_path": "./logs/denoise/log.txt",
 }
 
 
 def choose(args, y, source):
     """Return this picture's recipe, and its noise: given, a camera's, or found."""
-    sigma = args.noise_sigma if args.observed else args.sigma
-    inner, known = y[source.place], source.known[source.place]
-    found = noise.noise_of(inner, known, sigma, args.real_noise)
-    options = {"given": vars(args), "eight_bits": source.eight_bits}
-    recipe = recipes.adapt(args.recipe, y, source.known, found, **options)
-    if recipe.fuse == "noise" and recipe.noise is None:
-        fault = f"its noise is {found.describe()}; --fuse on needs a --noise_sigma"
-        raise utils.InputError(f"{source.path}: {fault}")
-    if (recipe.noise or 0) > 100 * 255:
-        raise utils.InputError(f"{source.path}: noise 100 times the picture's range")
-    return recipe, found
+    try:
+        return recipes.choose(args, y, source)
+    except ValueError as fault:
+        raise utils.InputError(f"{source.path}: {fault}") from None
 
 
 def restore(args, result):
@@ -65,12 +67,12 @@ def restore(args, result):
     x, known = source.image, source.known
     if args.observed:
         known = source.leave_out(*find_unknown(x, known > 0, guess=not args.mask))
-    n = utils.gaussian_noise(x.shape, args.sigma, args.seed)
+    n = gaussian_noise(x.shape, args.sigma, args.seed)
     y = np.where(known, x if args.observed else x + n, 0)
     recipe, found = choose(args, y, source)
     learner = network.Self2Self(y, identity, known, recipe, args.seed, args.device)
-    result.begin(learner, y, found, n=n)
-    result.resume()  # with --resume
+    result.begin(learner, y, found)
+    result.resume(Forecast(learner, args.test_frequency, args.num_prediction))
     while not result.is_complete():
         if result.awaits_test():
             restored = learner.predict(args.num_prediction, result.advance)
@@ -84,7 +86,7 @@ def restore(args, result):
 
 def main(argv=None):
     """Run the script; return its exit status."""
-    args = utils.parse_arguments(__doc__, DEFAULTS, recipes.RECIPES, argv)
+    args = utils.parse_arguments(__doc__, DEFAULTS, open_device, argv)
     run = results.Run(args, DEFAULTS)
     for path in run.paths:
         with run.image(path) as result:  # reports an error, and the loop goes on

@@ -4,7 +4,7 @@ import io
 import itertools
 import logging
 import math
-import re
+import shutil
 import warnings
 import zlib
 from contextlib import suppress
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import imagecodecs
 import numpy as np
+import scipy.io
 import scipy.ndimage
 import tifffile
 from PIL import Image, PngImagePlugin
 from skimage.metrics import structural_similarity
-from skimage.registration import phase_cross_correlation
 
 import utils
 from utils import JPEG, TIFF, InputError, atomic_file, stack_of
@@ -35,16 +35,12 @@ SMALLEST_SIDE = 32  # pixels: the network halves a picture five times
 MAX_PIXELS = 2**25  # of a picture, or of its --crop
 MAX_DECODED = 2**28  # pixels of a file
 MAX_PACKED = 2**14  # pixels per byte of a file; deflate packs 8256 of one bit
-MOST_ROUNDING = 0.04  # change of the mean by rounding above which a user is warned
 RESOLUTION, ORIENTATION, NODATA = 282, 274, 42113  # TIFF tags; NODATA is GDAL's
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6  # photometrics
 COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1}  # samples, no alpha
 UNKNOWN, PREMULTIPLIED, STRAIGHT = 0, 1, 2  # kinds of a TIFF's extra sample
 FAST_PNG = {"level": 1, "strategy": 3, "filter": 16}  # as imagecodecs advises
 EXIF = b"Exif\0\0"  # Pillow's EXIF begins with it, a PNG's does not
-# XMP of these kinds announces data behind the picture, a gain map or a video, that our file
-# does not have.
-GAIN_MAP = re.compile(rb"(?i)hdrgm|gain-?map|photos/1\.0/container|MicroVideo")
 
 
 class Picture(NamedTuple):
@@ -69,20 +65,49 @@ class Picture(NamedTuple):
         """Tell whether white is zero in the file."""
         return self.metadata.get("photometric") == WHITE_IS_ZERO
 
+    def measured(self):
+        """Return the image, (C, H, W), with NaN where nothing was measured."""
+        absent = False if self.absent is None else self.absent
+        return np.where(absent, self.image.dtype.type(np.nan), self.image)
+
+    def refuse_format(self, path):
+        """Raise InputError if a file of that name cannot hold this picture."""
+        fitting = [*TIFF]
+        if self.dtype.kind == "u" and self.dtype.itemsize <= 2:
+            fitting.append(".png")
+        if self.dtype == np.uint8 and self.alpha is None:
+            fitting += JPEG
+        if path.suffix.lower() not in fitting:
+            alpha = "" if self.alpha is None else " with alpha"
+            fault = f"{self.dtype} pixels{alpha} need {' or '.join(fitting)}"
+            raise InputError(f"--output {path}: {fault}")
+
+    def refuse_misfit(self, path, other, its_path, channels):
+        """Raise InputError unless another Picture has our size, and one channel or as many."""
+        same_size = other.uncropped.split()[0] == self.uncropped.split()[0]
+        if not same_size or channels not in {1, len(self.image)}:
+            fault = f"{other.uncropped}, but {path} is {self.uncropped}"
+            raise InputError(f"{its_path}: {fault}")
+
     def save(self, path, image):
         """Write an image (C, H, W), in this one's units, with its depth and metadata.
 
         The path's suffix selects the format. A TIFF gets the file's own numbers. A PNG or
         JPEG goes from black to white, in 16 bits where the file has more than 8.
         """
-        suffix, (black, white) = Path(path).suffix, black_and_white(self.image)
+        suffix, (black, white) = Path(path).suffix.lower(), black_and_white(self.image)
         image = np.clip(image, 0, 1) if (black, white) == (0, 1) else image
         image = np.broadcast_to(image, (self.stored, *image.shape[1:]))
         if suffix in TIFF:
             samples = [quantise(x, self.dtype, self.peak) for x in image]
             samples += [] if self.alpha is None else [self.alpha]
+            told = self.metadata
+            if self.suffix not in TIFF:
+                kind = RGB if self.stored == 3 else BLACK_IS_ZERO
+                told = {"photometric": kind, "iccprofile": told.get("iccprofile")}
+                told["extrasamples"] = None if self.alpha is None else [STRAIGHT]
             with atomic_file(path) as file:
-                tifffile.imwrite(file, np.dstack(samples).squeeze(), **self.metadata)
+                tifffile.imwrite(file, np.dstack(samples).squeeze(), **told)
             return
         image = (image - black) / (white - black)
         image = 1 - image if self.inverted else image
@@ -97,12 +122,6 @@ class Picture(NamedTuple):
             quantise(np.clip(x, 0, 1), dtype, np.iinfo(dtype).max) for x in image
         ]
         utils.write_atomically(path, encode(suffix, np.dstack(samples), self.metadata))
-
-    def rounding(self, image):
-        """Return the share by which an image's mean changes when its file is written."""
-        written = [quantise(x, self.dtype, self.peak).mean() for x in image]
-        mean = self.peak * image.mean(dtype=np.float64)
-        return abs(np.mean(written) - mean) / max(abs(mean), 1e-30)
 
     def part(self, place):
         """Return a part of the picture, given by slices of (C, H, W)."""
@@ -242,8 +261,6 @@ def read_pixels(path, crop=0):
     Also return how many samples are colours, 1 or 3 (red, green, blue), and the metadata of
     a Picture. A crop may be part of a larger file.
     """
-    if not utils.is_utf8(path.absolute()):  # the results' folders are named after it
-        raise InputError("a file name that is not UTF-8; rename it")
     suffix = (stack_of(path) or path).suffix.lower()
     return (read_tiff if suffix in TIFF else read_plain)(path, crop)
 
@@ -266,22 +283,15 @@ def read_plain(path, crop):
             gray = "L" if image.mode in ("1", "L") else "RGB"
             mode = "RGBA" if image.has_transparency_data else gray
             pixels = np.array(image.convert(mode))
-    metadata = {key: info[key] for key in ("exif", "xmp") if info.get(key)}
-    metadata["iccprofile"] = info.get("icc_profile")
     if is_png:
-        data = path.read_bytes()
-        pixels = imagecodecs.png_decode(data)
-        # Pillow skips this chunk of four bytes, the coding of HDR colours.
-        found = re.search(rb"(?s)\x00\x04cICP(.{4})", data.partition(b"IDAT")[0])
-        metadata |= {"cicp": found[1]} if found else {}
-    if GAIN_MAP.search(metadata.get("xmp", b"")):
-        del metadata["xmp"]
+        pixels = imagecodecs.png_decode(path.read_bytes())
+    metadata = {"exif": info.get("exif"), "iccprofile": info.get("icc_profile")}
     pixels = turn_upright(pixels.reshape(*pixels.shape[:2], -1), metadata)
     return pixels, 3 if pixels.shape[2] > 2 else 1, metadata
 
 
 def turn_upright(pixels, metadata):
-    """Turn pixels (H, W, samples) by their EXIF orientation, and set it to 1, also in XMP."""
+    """Turn pixels (H, W, samples) by their EXIF orientation, and set it to 1."""
     turned = 1
     with suppress(Exception):  # there is no EXIF, or it is damaged
         exif = io.BytesIO(metadata["exif"].removeprefix(EXIF))
@@ -289,9 +299,6 @@ def turn_upright(pixels, metadata):
             turned = tags.pages[0].tags[ORIENTATION].value
             tags.pages[0].tags[ORIENTATION].overwrite(1)
         metadata["exif"] = EXIF + exif.getvalue()
-    if turned != 1 and metadata.get("xmp"):
-        upright = rb"\g<1>1", metadata["xmp"]
-        metadata["xmp"] = re.sub(rb"(tiff:Orientation(?:=[\"']|>))\d", *upright)
     pixels = pixels.swapaxes(0, 1) if turned in (5, 6, 7, 8) else pixels
     pixels = pixels[:, ::-1] if turned in (2, 3, 6, 7) else pixels
     return np.ascontiguousarray(pixels[::-1] if turned in (3, 4, 7, 8) else pixels)
@@ -300,18 +307,17 @@ def turn_upright(pixels, metadata):
 def encode(suffix, pixels, metadata):
     """Return pixels (H, W, samples) as the bytes of a PNG or JPEG, as the suffix says.
 
-    `iccprofile`, `exif`, `xmp` and `cicp` of the metadata are bytes, or missing.
+    `iccprofile` and `exif` of the metadata are bytes, or missing.
     """
-    names = ("iccprofile", "exif", "xmp", "cicp")
-    profile, exif, xmp, cicp = (metadata.get(name) or b"" for name in names)
+    profile, exif = (metadata.get(name) or b"" for name in ("iccprofile", "exif"))
     gray, pixels = pixels.shape[2] < 3, pixels.squeeze()
     if profile[16:20] != (b"GRAY" if gray else b"RGB "):  # such as a CMYK JPEG's
         profile = b""
     file = io.BytesIO()
     if suffix in JPEG:
         # A segment holds 64 kB, and Pillow splits only the profile.
-        exif, xmp = (x if len(x) < 2**16 - 64 else b"" for x in (exif, xmp))
-        kept = {"icc_profile": profile, "exif": exif, "xmp": xmp}
+        exif = exif if len(exif) < 2**16 - 64 else b""
+        kept = {"icc_profile": profile, "exif": exif}
         # Full chroma, so that a JPEG's known pixels come back unchanged.
         image = Image.fromarray(pixels)
         image.save(file, "jpeg", quality=100, subsampling=0, **kept)
@@ -319,10 +325,8 @@ def encode(suffix, pixels, metadata):
     data = imagecodecs.png_encode(pixels, **FAST_PNG)
     file.write(data[:33])  # signature and IHDR
     for kind, head, content in (
-        (b"cICP", b"", cicp),
         (b"iCCP", b"ICC Profile\0\0", profile and zlib.compress(profile)),
         (b"eXIf", b"", exif.removeprefix(EXIF)),
-        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0", xmp),
     ):
         if content:
             PngImagePlugin.putchunk(file, kind, head, content)
@@ -338,7 +342,7 @@ def read_tiff(path, crop):
         all_series = utils.full_series(tiff)
         count = sum(n for _, n in all_series)
         if count > 1 and not stack:
-            raise InputError(f"{count} planes; save the one to use by itself")
+            raise InputError(f"it has {count} planes; save the one to use as a file")
         places = [(series, number) for series, n in all_series for number in range(n)]
         series, number = places[int(path.name) - 1 if stack else 0]
         page, metadata = series.keyframe, tiff_arguments(series)
@@ -414,6 +418,32 @@ def tiff_metadata(tiff, series):
     return {"description": text} if text and text.isascii() else {}
 
 
+def read_planes(paths, crop, like):
+    """List the images of a stack's planes, NaN where nothing was measured.
+
+    Planes of another shape or peak than the Picture `like`, and bad ones, are left out.
+    Heights are cut to a multiple of 8, so that a JPEG's blocks fit below each other.
+    """
+    images = []
+    for path in paths:
+        with suppress(InputError):  # a bad plane is reported in its turn
+            plane = read_picture(path, crop)
+            if plane.image.shape == like.image.shape and plane.peak == like.peak:
+                images.append(plane.measured()[:, : plane.image.shape[1] // 8 * 8])
+    return images
+
+
+def copy(path, target):
+    """Copy an image file, in the format that the target's suffix names."""
+    suffixes = {path.suffix, target.suffix.lower()}
+    if any(suffixes <= {*kind} for kind in (JPEG, TIFF, [".png"])):
+        with open(path, "rb") as source, atomic_file(target) as file:
+            shutil.copyfileobj(source, file)
+    else:
+        picture = read_picture(path)
+        picture.save(target, picture.image)
+
+
 def join_planes(path, stack, restored):
     """Write the planes of a stack, restored to a file each, as a stack of its kind."""
     files = iter(restored)
@@ -433,27 +463,29 @@ def join_planes(path, stack, restored):
                 made.write(pixels, shape=shape, dtype=first.dtype, **arguments)
 
 
-# --- PSFs ----------------------------------------------------------------------------
+# --- MATLAB files and PSFs ---------------------------------------------------------
 
 MAX_PSF_SIDE = 4096  # pixels; as --kernel_size
-# A PSF image has a camera's offset where its border's extremes differ by a factor of at
-# most FLAT and the border's median is below LOW of the peak.
-FLAT, LOW = 1.3, 0.2
 
 
-def picture_of_psf(path):
-    """Read a PSF (h, w) from an image file, as it looks, without a camera's offset."""
-    pixels, colours, metadata = read_pixels(path)
-    psf = pixels[..., :colours].mean(2)
-    if metadata.get("photometric") == WHITE_IS_ZERO:
-        psf = peak_of(pixels.dtype, metadata) - psf
-    border = np.concatenate([psf[0], psf[-1], psf[1:-1, 0], psf[1:-1, -1]])
-    offset = np.median(border)
-    if border.max() <= FLAT * border.min() and 0 < offset < LOW * psf.max():
-        text = f"its border is flat: {offset:g} is subtracted, a camera's offset"
-        print(f"{path}: {text}")
-        return (psf - offset).clip(0)
-    return psf
+def save_mat(path, key, array):
+    """Write a PSF (h, w) or an image (C, H, W) as a MATLAB file, without a time stamp."""
+    array = array.transpose(1, 2, 0).squeeze() if array.ndim == 3 else array
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, {key: array})
+    utils.write_atomically(
+        path, b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:]
+    )
+
+
+def load_mat(path, key):
+    """Return the matrix of that key in a MATLAB file, or the file's only matrix."""
+    with open(path, "rb") as file:
+        arrays = scipy.io.loadmat(file)
+    found = {k: v for k, v in arrays.items() if k[:2] != "__" and np.ndim(v) == 2}
+    if key not in found and len(found) != 1:
+        raise InputError(f"it has neither `{key}` nor a single matrix")
+    return found.get(key, next(iter(found.values())))
 
 
 def read_psf(path):
@@ -469,11 +501,14 @@ def read_psf(path):
     suffix = path.suffix.lower()
     with utils.naming(path, "no PSF (a PSF is .mat, .npy or an image)"):
         if suffix == ".mat":
-            psf = utils.load_mat(path, "kernel")
+            psf = load_mat(path, "kernel")
         elif suffix == ".npy":
             psf = np.lib.format.open_memmap(path, mode="r")
         else:
-            psf = picture_of_psf(path)
+            pixels, colours, metadata = read_pixels(path)
+            psf = pixels[..., :colours].mean(2)
+            if metadata.get("photometric") == WHITE_IS_ZERO:  # as it looks
+                psf = peak_of(pixels.dtype, metadata) - psf
         real = psf.dtype.kind in "biuf" and psf.ndim == 2
         if not real or max(psf.shape) > MAX_PSF_SIDE:
             raise InputError(f"a PSF is a real matrix of up to {MAX_PSF_SIDE} a side")
@@ -486,8 +521,6 @@ def read_psf(path):
 
 
 # --- scores --------------------------------------------------------------------------
-
-MAX_MATCHED = 1024  # side of the central part that finds the shift, pixels
 
 
 def score(image, clean, ends=None):
@@ -515,45 +548,13 @@ def score(image, clean, ends=None):
         return float(-10 * np.log10(squares / max(count, 1))), float(ssim)
 
 
-class Moved(NamedTuple):
-    """The score of an image that was moved onto the clean one."""
+def score_moved(image, clean, shift):
+    """Return the PSNR of an image (C, H, W) against the clean one, which is shifted first.
 
-    psnr: float  # dB
-    down: float  # pixels
-    right: float
-
-    def __str__(self):
-        down = f"{abs(self.down):.1f} {'down' if self.down > 0 else 'up'}"
-        right = f"{abs(self.right):.1f} {'right' if self.right > 0 else 'left'}"
-        return f"{self.psnr:.2f} dB if moved {down}, {right}"
-
-
-def score_moved(image, clean):
-    """Score an image at the shift that fits the clean one best; None where none does.
-
-    An estimated PSF, or one whose mass lies off its centre, moves the result, and the
-    result's plain PSNR means little. The shift, to 1/20 of a pixel, maximises the cross-correlation
-    (Guizar-Sicairos et al. 2008). We move the clean image, because interpolation would
-    average the other's noise, and leave out a border as wide as the shift. Images (C, H, W).
+    Interpolation would average the image's noise, so the clean one is shifted, by (down,
+    right) pixels. A border as wide as the shift does not count.
     """
-    size = clean.shape[1:]
-    middle = (slice(max(0, n - MAX_MATCHED) // 2, (n + MAX_MATCHED) // 2) for n in size)
-    middle = (slice(None), *middle)
-    fixed, gray = (x[middle].mean(0, dtype=np.float64) for x in (clean, image))
-    if not np.isfinite(fixed).all() or min(np.ptp(fixed), np.ptp(gray)) == 0:
-        return None
-    window = np.outer(*map(np.hanning, fixed.shape))
-    shift = np.zeros(2)  # of the image against the clean one
-    # The window pulls the first shift towards 0, and the later ones less.
-    for _ in range(3):
-        moved = scipy.ndimage.shift(fixed, shift, mode="nearest")
-        pair = [(x - x.mean()) * window for x in (gray, moved)]
-        settings = {"upsample_factor": 20, "normalization": None}
-        shift = shift + phase_cross_correlation(*pair, **settings)[0]
-        if (np.abs(shift) > np.array(fixed.shape) / 4).any():
-            return None
     edge = math.ceil(np.abs(shift).max())
-    inner = (slice(None), *(slice(edge, n - edge) for n in size))
+    inner = (slice(None), *(slice(edge, n - edge) for n in clean.shape[1:]))
     moved = np.stack([scipy.ndimage.shift(x, shift, mode="nearest") for x in clean])
-    psnr, _ = score(image[inner], moved[inner], black_and_white(clean))
-    return Moved(psnr, *(0.0 - shift).tolist())
+    return score(image[inner], moved[inner], black_and_white(clean))[0]

@@ -1,4 +1,4 @@
-"""Errors, files, options and simulated noise. Imports nothing of this project."""
+"""Errors, files, options and progress. Imports nothing of this project."""
 
 import argparse
 import csv
@@ -7,13 +7,14 @@ import io
 import itertools
 import math
 import os
-import re
+import signal
 import sys
+import threading
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 import skimage.data
 import tifffile
 from tqdm import tqdm
@@ -59,11 +60,6 @@ def is_out_of_memory(error):
     return says or isinstance(error, MemoryError) or (below and is_out_of_memory(below))
 
 
-def first_line(error):
-    """Return the first line of an error's message, or its class where there is none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 @contextmanager
 def naming(path, wanted):
     """Turn the errors of reading a file into InputErrors that name it and what is wanted."""
@@ -74,19 +70,15 @@ def naming(path, wanted):
     except Exception as error:  # a damaged file fails in many ways
         if getattr(error, "filename", None):  # the system's, whose message is clear
             raise
-        fault = f"{path} is damaged, or {wanted}: {first_line(error)}"
-        raise InputError(fault) from None
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path} is damaged, or {wanted}: {first_line}") from None
 
 
 # --- files ---------------------------------------------------------------------------
 
 TIFF, JPEG = (".tif", ".tiff"), (".jpg", ".jpeg")
+ANY_NAME = "backslashreplace"  # writes file names that are not UTF-8, too
 SUFFIXES = (".png", *JPEG, *TIFF)
-
-
-def is_utf8(path):
-    """Tell whether a file name can be written in a log."""
-    return not any("\ud800" <= c <= "\udfff" for c in str(path))
 
 
 @contextmanager
@@ -115,54 +107,46 @@ def write_atomically(path, data):
         file.write(data)
 
 
-def save_mat(path, key, array):
-    """Write a PSF (h, w) or an image (C, H, W) as a MATLAB file, without a time stamp."""
-    array = array.transpose(1, 2, 0).squeeze() if array.ndim == 3 else array
-    buffer = io.BytesIO()
-    scipy.io.savemat(buffer, {key: array})
-    write_atomically(path, b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:])
-
-
-def load_mat(path, key):
-    """Return the matrix of that key in a MATLAB file, or the file's only matrix."""
-    with open(path, "rb") as file:
-        arrays = scipy.io.loadmat(file)
-    found = {k: v for k, v in arrays.items() if k[:2] != "__" and np.ndim(v) == 2}
-    if key not in found and len(found) != 1:
-        raise InputError(f"neither `{key}` nor a single matrix")
-    return found.get(key, next(iter(found.values())))
+def set_aside(folder):
+    """Rename a results folder, to keep what it holds."""
+    if not any(folder.glob("[!.]*")):  # what a killed run was writing begins with a dot
+        return
+    numbered = (folder.with_name(f"{folder.name}~{n}") for n in itertools.count(1))
+    free = next(path for path in numbered if not path.exists())
+    folder.rename(free)
+    tqdm.write(f"{folder}: kept as {free}")
 
 
 def csv_text(rows):
     """Return rows of cells as the bytes of a CSV file."""
     buffer = io.StringIO()
     csv.writer(buffer).writerows(rows)
-    return buffer.getvalue().encode()
+    return buffer.getvalue().encode(errors=ANY_NAME)
 
 
-def digest(arrays):
-    """Return the SHA-256 of arrays or CPU tensors, in hex; None for None."""
-    if arrays is None:
+def digest(array):
+    """Return the SHA-256 of an array, in hex; None for None."""
+    if array is None:
         return None
-    total = hashlib.sha256()
-    for array in arrays:
-        total.update(np.ascontiguousarray(array))
-    return total.hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+
+
+def file_digest(path):
+    """Return the SHA-256 of a file's contents, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sources_digest(root=Path(__file__).parent):
     """Return the SHA-256 of all sources, in hex: an edited program has another one."""
-    total = hashlib.sha256()
-    for path in sorted([*root.glob("*.py"), *root.glob("network/**/*.py")]):
-        for part in (str(path.relative_to(root)).encode(), path.read_bytes()):
-            total.update(b"%d:" % len(part) + part)
-    return total.hexdigest()
+    sources = sorted([*root.glob("*.py"), *root.glob("network/**/*.py")])
+    lines = (f"{file_digest(path)} {path.relative_to(root)}\n" for path in sources)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def contents_name(path):
     """Return a file's name for a results folder: its stem and a hash of its contents."""
-    contents = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return f"{Path(path).stem[:60]}-{contents[:8]}"
+    return f"{Path(path).stem[:60]}-{file_digest(path)[:8]}"
 
 
 def stack_of(path):
@@ -180,7 +164,7 @@ def full_series(tiff):
 def planes(path):
     """List the paths of a TIFF file's planes if it has several, else the file alone."""
     count = 1
-    if path.suffix.lower() in TIFF and is_utf8(path):
+    if path.suffix.lower() in TIFF:
         # A damaged file counts as one plane here; reading it says what is wrong.
         with suppress(Exception), tifffile.TiffFile(path) as tiff:
             claimed = sum(n for _, n in full_series(tiff))
@@ -213,10 +197,12 @@ def find_images(path):
         for file in sorted(set(files) - set(images)):
             print(f"{file}: skipped, no PNG, JPEG or TIFF image")
         if not images:
-            raise InputError(f"{path}: no PNG, JPEG or TIFF image in this folder")
+            fault = "no PNG, JPEG or TIFF image in this folder; convert to PNG or TIFF"
+            raise InputError(f"{path}: {fault}")
     elif given.exists():
         if given.suffix.lower() not in SUFFIXES:
-            raise InputError(f"{path}: not a PNG, JPEG or TIFF file by its name")
+            fault = "not a PNG, JPEG or TIFF file by its name; convert to PNG or TIFF"
+            raise InputError(f"{path}: {fault}")
         images = [given]
     elif path in named:
         images = [named[path]]
@@ -247,54 +233,12 @@ def number(kind, low, described, high=math.inf, include_low=True):
 
 
 def text(value):
-    """Check text, as an argparse type: not empty, and UTF-8, for it is logged."""
-    if not value or not is_utf8(value):
-        raise argparse.ArgumentTypeError(f"{value!r} is empty or not UTF-8")
+    """Check text, as an argparse type: not empty."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty")
     return value
 
 
-def device_name(value):
-    """Check a device's name, as an argparse type, without opening the device."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9]\d*))?", value, re.ASCII):
-        raise argparse.ArgumentTypeError(NO_DEVICE.format(value))
-    return value
-
-
-def open_device(value):
-    """Return the torch.device of a name, after a first computation on it.
-
-    Several processes on a machine (LOCAL_RANK, else RANK) take a GPU each.
-
-    Raises:
-        InputError: PyTorch cannot use the device.
-    """
-    import torch  # late: it takes seconds, and --help does not need it
-
-    auto = value == "auto"
-    if auto:
-        value = "cuda" if torch.cuda.is_available() else "cpu"
-    rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", ""))
-    if value == "cuda" and torch.cuda.is_available() and rank.isdecimal():
-        value = f"cuda:{int(rank) % torch.cuda.device_count()}"
-    try:
-        device = torch.device(value)
-        if device.type == "cuda" and device.index and torch.cuda.is_available():
-            torch.cuda.set_device(device)  # else each process opens GPU 0, too
-        torch.ones(1, device=device).add(1).item()  # fails without kernels for it
-        return device
-    except (AssertionError, RuntimeError, ValueError) as error:  # PyTorch raises any
-        if auto:
-            print(
-                f"PyTorch cannot use {value}, so the CPU is used: {first_line(error)}"
-            )
-            return torch.device("cpu")
-    raise InputError(f"argument --device: {NO_DEVICE.format(value)}")
-
-
-NO_DEVICE = (
-    "no device {!r} that PyTorch can use on this machine; choose auto, cpu, cuda, cuda:N "
-    "or mps"
-)
 COUNT = number(int, 1, "a whole number from 1 to 1e9", 10**9 + 1)
 NATURAL = number(int, 0, "a whole number from 0 to 1e9", 10**9 + 1)
 NOT_NEGATIVE = number(float, 0, "a number from 0 to 1e30", 1e30)  # its square is finite
@@ -305,72 +249,90 @@ SIDE = number(int, 1, "a whole number from 1 to 4096", 4097)
 PSF_SIGMA = number(float, 1e-3, "a number from 0.001")
 WIDTH = number(float, 0, "a share above 0, up to 1", math.nextafter(1, 2), False)
 
-# The scripts' options: type or choices, and help. The scripts hold the default values;
-# None leaves the choice to the recipe or to the picture.
+OUTPUT = """copy the restored image to this file (of several images, to this folder); the
+suffix is the format; a file is replaced only if --output wrote it and nobody changed it"""
+# The scripts' options: type or choices, and help. The scripts hold the default values; None
+# leaves the choice to the recipe or to the picture.
 OPTIONS = {
     "path": (text, "image file, folder, or name of an image of scikit-image"),
-    "crop": (NATURAL, "side of a centre crop, pixels; 0: the whole image"),
-    "sigma": (NOT_NEGATIVE, "noise to add: standard deviation, 0-255 scale"),
-    "observed": (bool, "the image is already noisy or blurred: simulate nothing"),
-    "noise_sigma": (NOT_NEGATIVE, "sigma of an --observed image's white noise, 0-255"),
-    "reference": (text, "clean image to score the result of an --observed one"),
-    "mask": (text, "image file, 0 or transparent where a pixel is missing"),
-    "missing": (RATE, "share of the pixels to hide at random, and to score"),
-    "kernel_size": (SIDE, "side of the PSF, pixels (Gaussian 15, estimated 31)"),
-    "kernel_sigma": (PSF_SIGMA, "standard deviation of the Gaussian PSF, pixels (1.0)"),
+    "crop": (NATURAL, "use the central square of so many pixels a side; 0: all"),
+    "sigma": (NOT_NEGATIVE, "add white noise of this standard deviation, 0-255 scale"),
+    "observed": (bool, "restore the image as it is: add no noise and no blur"),
+    "noise_sigma": (NOT_NEGATIVE, "take an --observed image's noise as white, 0-255"),
+    "reference": (text, "score an --observed image's result against this clean one"),
+    "mask": (text, "fill in where this image is 0 or transparent"),
+    "missing": (RATE, "hide this share of the pixels at random, and fill them in"),
     "kernel": (
         text,
-        "file of the PSF (.mat, .npy, image; turn it if the result rings), or estimate",
+        "read the PSF from a .mat, .npy or image; or estimate it: estimate",
     ),
-    "boundary": (("wrap", "valid"), "wrap: a circular blur; valid: a camera's"),
-    "recipe": (None, "fast: 500 steps; paper: as published, 150,000"),
-    "drop_rate": (RATE, "p of the Bernoulli mask and of the decoder's dropout"),
-    "iteration": (COUNT, "training steps"),
-    "lr": (POSITIVE, "learning rate"),
-    "width": (WIDTH, "share of the paper's channels in the slowest layers"),
-    "optimizer": (("adam", "adamw", "muon"), "adamw has PyTorch's weight decay, 0.01"),
-    "window": (NATURAL, "side of the training's windows, pixels; 0: the whole picture"),
-    "precision": (("auto", "float32", "bfloat16"), "type of the feature maps"),
+    "kernel_size": (
+        SIDE,
+        "take a PSF of this side, pixels (Gaussian 15, estimated 31)",
+    ),
+    "kernel_sigma": (PSF_SIGMA, "blur by a Gaussian of this deviation, pixels (1.0)"),
+    "boundary": (("wrap", "valid"), "take the blur as circular, or as a camera's"),
+    "recipe": (("fast", "paper"), "train 500 steps, or 150,000 as published"),
+    "drop_rate": (RATE, "drop this share: in the Bernoulli mask, and in the decoder"),
+    "iteration": (COUNT, "train so many steps"),
+    "lr": (POSITIVE, "train at this learning rate"),
+    "width": (WIDTH, "use this share of the paper's channels in the slowest layers"),
+    "optimizer": (
+        ("adam", "adamw", "muon"),
+        "train by it; adamw's weight decay is 0.01",
+    ),
+    "window": (NATURAL, "train on windows of this side, pixels; 0: the whole image"),
+    "precision": (("auto", "float32", "bfloat16"), "hold feature maps in this type"),
     "fuse": (("on", "off"), "add the details that the residual still holds"),
-    "bs": (COUNT, "Bernoulli samples of the observation per step"),
-    "real_noise": (bool, "camera noise: each step adds fresh Poisson noise"),
-    "seed": (SEED, "seed of noise, weights, masks and dropout"),
-    "device": (device_name, "auto, cpu, cuda, cuda:N or mps"),
+    "bs": (COUNT, "train on so many Bernoulli samples a step"),
+    "real_noise": (bool, "add Poisson noise at each step, against a camera's noise"),
+    "num_prediction": (COUNT, "average so many predictions; fewer of a large image"),
+    "seed": (SEED, "seed noise, weights, masks and dropout by it"),
+    "device": (text, "compute on auto, cpu, cuda, cuda:N or mps"),
+    "output": (text, OUTPUT),
     "resume": (bool, "continue an interrupted run from its checkpoint"),
-    "test_frequency": (COUNT, "steps between ensemble predictions"),
-    "num_prediction": (COUNT, "predictions to average; fewer for a large picture"),
-    "model_type": (text, "name of the results folder"),
-    "log_path": (text, "log file; its CSV and curves lie beside it"),
+    "test_frequency": (COUNT, "restore the image every so many steps"),
+    "model_type": (text, "name the results folder by it"),
+    "log_path": (text, "write the log here; its CSV and curves lie beside it"),
 }
+# --help has a heading before these options.
+HEADINGS = {"path": "picture", "kernel": "blur", "recipe": "method", "output": "output"}
 # These options do not change the restored pixels.
 IRRELEVANT = ["path", "reference", "resume", "test_frequency", "device", "model_type"]
-IRRELEVANT += ["log_path", "given", "schedule"]
+IRRELEVANT += ["log_path", "output", "given"]
 # A results folder's name begins with these options, and ends with the edited others.
 NAMED = ["sigma", "observed", "mask", "recipe", "kernel_size", "kernel_sigma", "kernel"]
 
 
-def parse_arguments(description, defaults, recipes, argv=None):
+def parse_arguments(description, defaults, open_device, argv=None):
     """Read the command line. A flag overrides the script's value; errors exit with 2.
 
     Args:
-        description: what the script does.
-        defaults: option name -> the script's value; the names are keys of OPTIONS.
-        recipes: name -> Recipe.
+        description: what the script does, and examples after "Examples:".
+        defaults: option name -> the script's value; OPTIONS has the names.
+        open_device: function from a device's name to its torch.device; ValueError says what
+            is wrong with it.
         argv: arguments; None: those of the process.
 
     Returns:
         A Namespace of all options. `device` is a torch.device, `fuse` a bool; None leaves
         the choice to the recipe or the picture. `given` has the names of the flags whose
-        values differ from the script's, `schedule` is the recipe's.
+        values differ from the script's.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    described, _, examples = description.partition("Examples:")
+    raw = argparse.RawDescriptionHelpFormatter
+    how = {"description": described, "epilog": "Examples:" + examples}
+    parser = argparse.ArgumentParser(**how, formatter_class=raw, allow_abbrev=False)
     parser.error = lambda text: parser.exit(2, f"{parser.prog}: error: {text}\n")
     with suppress(AttributeError):  # a notebook's shows any file name
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors=ANY_NAME)
+    how = {"nargs": "?", "type": text, "default": argparse.SUPPRESS}
+    parser.add_argument("picture", help="the same as --path", **how)
     words = []  # the script's values as flags: both are checked alike
-    for key, default in defaults.items():
-        kind, help_text = OPTIONS[key]
-        kind = tuple(recipes) if key == "recipe" else kind
+    for key in filter(defaults.__contains__, OPTIONS):
+        if key in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[key])
+        (kind, help_text), default = OPTIONS[key], defaults[key]
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
@@ -380,9 +342,7 @@ def parse_arguments(description, defaults, recipes, argv=None):
             words += [f"--{key}={default}"]
         shown = "" if default is None else f" (default: {default})".replace("%", "%%")
         how |= {"help": help_text + shown, "default": argparse.SUPPRESS}
-        parser.add_argument(f"--{key}", **how)
-    how = {"nargs": "?", "type": text, "default": argparse.SUPPRESS}
-    parser.add_argument("picture", help="the same as --path", **how)
+        group.add_argument(f"--{key}", **how)
     line = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
     if {"picture", "path"} <= line.keys():
         parser.error(f"{line['picture']!r} and --path: one of them")
@@ -391,12 +351,11 @@ def parse_arguments(description, defaults, recipes, argv=None):
     args = argparse.Namespace(**dict.fromkeys(defaults) | script | line)
     args.given = {key for key, value in line.items() if value != script.get(key)}
     args.fuse = {"on": True, "off": False}.get(args.fuse)
-    args.schedule = recipes[args.recipe].schedule
     refuse_contradictions(parser, args)
     try:
         args.device = open_device(args.device)  # last: no error follows
-    except InputError as error:
-        parser.error(str(error))
+    except ValueError as error:
+        parser.error(f"argument --device: {error}")
     if not args.observed and "sigma" not in line and os.path.exists(args.path):
         print(f"{args.path}: noise is ADDED; --observed restores the picture itself")
     return args
@@ -427,8 +386,6 @@ def named_settings(args, defaults, psf):
         psf: the PSF's name, or None.
     """
     others = {k: v for k, v in vars(args).items() if k not in IRRELEVANT + NAMED}
-    if args.schedule == "constant":
-        del others["iteration"]  # a longer run may continue a shorter one
     sigma = None if args.observed else args.sigma
     mask = args.mask and contents_name(args.mask)
     parts = ["observed"] if args.observed else [f"sigma{sigma:g}"]
@@ -445,20 +402,59 @@ def named_settings(args, defaults, psf):
     return settings, "_".join(parts)
 
 
-# --- noise ----------------------------------------------------------------------------
+# --- progress ------------------------------------------------------------------------
+
+EVERY, FIRST = 60, 5  # seconds between two lines or checkpoints; to the first line
 
 
-def gaussian_noise(shape, sigma, seed):
-    """Return white Gaussian noise, float32, for pictures in [0, 1].
+class Progress:
+    """One picture's progress in time: a bar, or lines if stderr is no terminal.
 
-    The same shape, sigma and seed always give the same noise.
-
-    Args:
-        shape: (C, H, W).
-        sigma: standard deviation on the 0-255 scale.
-        seed: natural number.
+    Between `start` and `close` a signal to end only sets `stopping` to the exit status.
     """
-    generator, noise = np.random.default_rng(seed), np.empty(shape, np.float32)
-    for channel in noise:  # saves memory: the draws are float64
-        channel[:] = generator.standard_normal(shape[1:]) * (sigma / 255)
-    return noise
+
+    def __init__(self, name):
+        self.name, self.bar, self.stopping, self.handlers = name, None, None, {}
+        self.started = self.due = 0.0  # when; when the next line is due
+
+    def start(self):
+        """Start the clock."""
+        how = {"desc": self.name, "disable": None, "leave": False}
+        self.bar = tqdm(bar_format="{l_bar}{bar}| {elapsed}<{remaining}", **how)
+        self.started = time.perf_counter()
+        self.due = self.started + (FIRST if self.bar.disable else 0)
+        main = threading.current_thread() is threading.main_thread()  # others cannot
+        for number in (signal.SIGINT, signal.SIGTERM) if main else ():
+            # A shell that runs a command behind "&" has Ctrl-C ignored.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self.handlers[number] = signal.signal(number, self._stop)
+
+    def show(self, left):
+        """Show the share of the time that has passed, and the seconds left, when due."""
+        now = time.perf_counter()
+        if now < self.due:
+            return
+        self.bar.n = now - self.started
+        self.bar.total = self.bar.n + left
+        self.bar.refresh()
+        if self.bar.disable:  # stderr is no terminal, and a bar would fill it
+            share, time_left = self.bar.n / self.bar.total, tqdm.format_interval(left)
+            line = f"{self.name}: {share:.0%} done, {time_left} left"
+            print(line, file=sys.stderr)
+        self.due = now + (EVERY if self.bar.disable else 0.1)
+
+    def close(self):
+        """Remove the bar, and handle signals as before."""
+        self._restore_handlers()
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
+
+    def _restore_handlers(self):
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    def _stop(self, number, _frame):
+        """Note a signal. A second one does not wait for the end of the step."""
+        self.stopping = 128 + number
+        self._restore_handlers()

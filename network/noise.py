@@ -1,4 +1,4 @@
-"""Finds the noise of an observed picture from the picture alone.
+"""Finds the noise of an observed picture from the picture alone, and simulates noise.
 
 The picture is cut into blocks, and every block is transformed by a cosine transform. The
 low frequencies show how flat a block is, the high ones how much noise it has. White noise
@@ -134,6 +134,22 @@ CAMERA = Noise("correlated")
 def white(sigma):
     """Return white noise of a standard deviation on the 0-255 scale; 0: none."""
     return Noise("white" if sigma else "none", ((0.0, (sigma / 255) ** 2),))
+
+
+def gaussian_noise(shape, sigma, seed):
+    """Return white Gaussian noise, float32, for pictures in [0, 1].
+
+    The same shape, sigma and seed always give the same noise.
+
+    Args:
+        shape: (C, H, W).
+        sigma: standard deviation on the 0-255 scale.
+        seed: natural number.
+    """
+    generator, noise = np.random.default_rng(seed), np.empty(shape, np.float32)
+    for channel in noise:  # saves memory: the draws are float64
+        channel[:] = generator.standard_normal(shape[1:]) * (sigma / 255)
+    return noise
 
 
 def noise_of(y, known, sigma=None, camera=False):

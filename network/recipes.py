@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from network.checks import check_observation
-from network.noise import MIN_SIGMA, find_noise
+from network.noise import MIN_SIGMA, find_noise, noise_of, white
 from network.scale import UNIT, Scale, find_scale
+from network.unknown import at_white, find_unknown
 
 UNKNOWN_SIGMA = 25  # stands in for a sigma that is not known
+MAX_SIGMA = 100 * 255  # 100 times the picture's range
 
 
 @dataclass(frozen=True)
@@ -249,3 +251,52 @@ def multiplies_bfloat16(device):
     able = torch.cpu.get_capabilities()
     on_cpu = device is None or device.type == "cpu"
     return on_cpu and any(map(able.get, ("avx512_bf16", "amx_bf16")))
+
+
+def choose(args, y, source, psf_error=None, clipped=None):
+    """Return a script's recipe for one picture, and the picture's noise.
+
+    Args:
+        args: the script's options. `sigma` or `noise_sigma` is the noise, `real_noise` says
+            that it is a camera's; otherwise it is found.
+        y: the observation, (C, H, W).
+        source: has y's `known` entries, the `place` without margin, `eight_bits`, and the
+            `stack` that y is a plane of, or None: its noise is found once for all planes.
+        psf_error: under a blur the sigma of noise that acts like the PSF's errors, where 255
+            is the picture's range. Lower noise that was found is raised to it for the recipe.
+        clipped: see Self2Self; noise is not looked for there.
+
+    Raises:
+        ValueError: the noise is too strong, or --fuse on has no sigma.
+    """
+    sigma = args.noise_sigma if args.observed else args.sigma
+    inner, known = y[source.place], source.known[source.place]
+    measured = known if clipped is None else known * ~clipped[source.place]
+    blurred, stack = psf_error is not None, source.stack
+    if stack and sigma is None and not args.real_noise:
+        if not stack.noise:
+            planes = _usable(*source.whole_stack(), not args.mask, blurred)
+            stack.noise = find_noise(*planes)
+        found = stack.noise
+    else:
+        found = noise_of(inner, measured, sigma, args.real_noise)
+    taken = found
+    if blurred and sigma is None:
+        span = find_scale(inner, known, blurred=True).span  # without hot pixels
+        least = psf_error * min(np.ptp(inner), span)
+        taken = white(least) if (found.sigma() or least) < least else found
+    options = {"given": vars(args), "eight_bits": source.eight_bits, "blurred": blurred}
+    recipe = adapt(args.recipe, y, source.known, taken, **options)
+    if recipe.fuse == "noise" and recipe.noise is None:
+        fault = f"its noise is {found.describe()}; --fuse on needs a --noise_sigma"
+        raise ValueError(fault)
+    if (recipe.noise or 0) > MAX_SIGMA:
+        raise ValueError("noise 100 times the picture's range")
+    return recipe, found
+
+
+def _usable(planes, known, guess, blurred):
+    """Return planes, and where their noise can be looked for: see find_unknown, at_white."""
+    gaps, outliers = find_unknown(planes, known, guess)
+    known = known & ~(gaps | outliers)
+    return planes, known & ~at_white(planes, known) if blurred else known

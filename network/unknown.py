@@ -20,6 +20,7 @@ MIN_FREE = 0.05  # share of entries without clipped neighbours that tell the usu
 # are, unless they fit a median of MEDIAN_SIDE x MEDIAN_SIDE pixels as MAX_SAMPLE others do.
 IMPULSE_SHARE, MIN_IMPULSES, MAX_CROWD, MEDIAN_SIDE, MAX_SAMPLE = 0.03, 8, 3, 5, 2**16
 NEIGHBOURS = np.arange(9).reshape(3, 3) != 4
+LAMP = 0.75  # of the range; a darker neighbour of a clipped entry is beside a lamp
 
 
 def find_unknown(y, known, guess=True):
@@ -98,3 +99,24 @@ def _impulses(plane, use, found, end):
         off = np.abs(plane[either] - np.nanmedian(near[either], (1, 2)))
         suspects[either] &= ~(off <= 3 * (1.4826 * np.nanmedian(off[some[either]])))
     return suspects
+
+
+def at_white(y, known):
+    """Return where y (C, H, W) has the largest known value of its channel.
+
+    There the scene, such as a lamp or a white sky, may be brighter than the sensor's white.
+    """
+    known = np.broadcast_to(known > 0, y.shape)
+    white = y.max((1, 2), keepdims=True, where=known, initial=-np.inf)
+    return known & (y == white)
+
+
+def beside_lamps(y, clipped):
+    """Return where y (C, H, W) is much darker than a clipped neighbour.
+
+    The blur has spread a lamp's light there. The network cannot predict a lamp many times
+    brighter than white, so these entries would mislead it.
+    """
+    low, white = y.min((1, 2), keepdims=True), y.max((1, 2), keepdims=True)
+    near = ndimage.binary_dilation(clipped, np.ones((1, 3, 3)))
+    return near & (y < low + LAMP * (white - low))

@@ -34,7 +34,9 @@ import pictures
 import results
 import utils
 from network import Self2Self, blur, recipes
+from network.device import open_device
 from network.muon import Muon
+from network.noise import gaussian_noise
 
 DROP_RATE = 0.3
 
@@ -132,10 +134,12 @@ def our_learner(recipe, precision, device, channels, size):
     """The learner as the scripts use it, but of the published width, as the plain one is."""
     flags = ["--recipe", recipe, "--device", str(device), "--width", "1"]
     flags += ["--precision", precision] if precision else []
-    args = utils.parse_arguments(__doc__, denoise.DEFAULTS, recipes.RECIPES, flags)
+    args = utils.parse_arguments(__doc__, denoise.DEFAULTS, open_device, flags)
     y = np.random.default_rng(0).random((channels, size, size), np.float32)
     known = np.ones((1, size, size), np.float32)
-    result = SimpleNamespace(known=known, eight_bits=True, place=slice(None))
+    result = SimpleNamespace(
+        known=known, eight_bits=True, place=slice(None), stack=None
+    )
     recipe, _ = denoise.choose(args, y, result)
     return Self2Self(y, blur.identity, known, recipe, args.seed, args.device)
 
@@ -298,7 +302,7 @@ def bm3d_denoised(size):
         return None
     sigma = denoise.DEFAULTS["sigma"]
     clean = pictures.read_picture(utils.find_images("camera")[0], size).image
-    y = clean + utils.gaussian_noise(clean.shape, sigma, denoise.DEFAULTS["seed"])
+    y = clean + gaussian_noise(clean.shape, sigma, denoise.DEFAULTS["seed"])
     started = time.perf_counter()
     made = bm3d(y[0], sigma / 255)[None]
     return time.perf_counter() - started, pictures.score(made, clean)[0]
@@ -351,7 +355,7 @@ def main():
         *settings, channels, size = args.work
         work(*settings, int(channels), int(size))
         return
-    device = utils.open_device(args.device)
+    device = open_device(args.device)
     cuda = device.type == "cuda"
     name = (
         torch.cuda.get_device_name()

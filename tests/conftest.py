@@ -1,5 +1,6 @@
 """Lets the tests import the scripts; every test runs in an empty folder of its own."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import network
 
 
 @pytest.fixture(autouse=True)
@@ -31,5 +34,23 @@ def blank_figures(request, monkeypatch):
     """Draw no figure, which takes longer than a few steps, where no test looks at one."""
     if "figures" not in request.fixturenames:
         blank = cv2.imencode(".png", np.zeros((1, 1), np.uint8))[1].tobytes()
-        for figure in ("comparison", "uncertainty", "curves"):
+        for figure in ("comparison", "curves"):
             monkeypatch.setattr(f"results.{figure}", lambda *_: blank)
+
+
+@pytest.fixture
+def crash(monkeypatch):
+    """Return a function that makes the n-th training step from now end the process."""
+    real = network.Self2Self.train_step
+
+    def at(steps):
+        left = itertools.count(steps - 1, -1)
+
+        def train_step(learner):
+            if next(left) == 0:
+                raise SystemExit(99)
+            real(learner)
+
+        monkeypatch.setattr(network.Self2Self, "train_step", train_step)
+
+    return at

@@ -31,8 +31,9 @@ import pictures
 import results
 import utils
 from network import Self2Self, blur, fast_punet, recipes
+from network.device import open_device
 from network.fusing import missing, noisy
-from network.noise import white
+from network.noise import gaussian_noise, white
 
 BLUR = blur.CircularBlur(blur.gaussian_psf(15, 1.0))
 
@@ -128,14 +129,14 @@ def restored(clean, y, precision):
 def quality():
     """`fast` in either precision."""
     clean = picture(48 if QUICK else 256)
-    y = clean + utils.gaussian_noise(clean.shape, 25, 0)
+    y = clean + gaussian_noise(clean.shape, 25, 0)
     for precision in ("float32", "bfloat16"):
         tried(f"quality: {precision}", restored, clean, y, precision)
 
 
 def fused_apart(x, operator):
     """Return how far fusing on the device is from a CPU's, at most."""
-    noise, known = utils.gaussian_noise(x.shape, 10, 0), np.ones_like(x[:1])
+    noise, known = gaussian_noise(x.shape, 10, 0), np.ones_like(x[:1])
     f, variance, made = x + 0.5 * noise[:, ::-1], np.full_like(x, 1e-4), []
     if operator:
         y = operator(torch.from_numpy(x)[None])[0].numpy() + noise
@@ -259,7 +260,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="tiny settings, to try it")
     args = parser.parse_args()
     OUT, QUICK, started = Path(args.out).resolve(), args.quick, time.perf_counter()
-    DEVICE = utils.open_device(args.device)
+    DEVICE = open_device(args.device)
     OUT.mkdir(parents=True, exist_ok=True)
     kind = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     figure("machine", f"{kind}, {os.cpu_count()} cores, PyTorch {torch.__version__}")

@@ -35,7 +35,8 @@ import pictures
 import results
 import utils
 from network import Self2Self, blur, recipes
-from network.noise import find_noise, white
+from network.device import open_device
+from network.noise import find_noise, gaussian_noise, white
 
 try:
     import bm3d
@@ -172,7 +173,7 @@ def spoiled(picture, row, noise, made):
     paths = [made / f"{picture.stem}, {row}{end}.tif" for end in ("", ", clean")]
     clean = 0.8 * pictures.read_picture(picture, 128).image + 0.1
     sigma, photons = noise
-    noisy = clean + utils.gaussian_noise(clean.shape, sigma, 0)
+    noisy = clean + gaussian_noise(clean.shape, sigma, 0)
     if photons:
         noisy = np.random.default_rng(0).poisson(clean * photons) / photons
     for path, image in zip(paths, (noisy, clean)):
@@ -233,9 +234,9 @@ def classical(case, extra):
     """
     words = ["--path", str(case.picture), *shlex.split(case.flags), *extra]
     script = SCRIPTS[case.script]
-    args = utils.parse_arguments("", script.DEFAULTS, recipes.RECIPES, words)
+    args = utils.parse_arguments("", script.DEFAULTS, open_device, words)
     x = pictures.read_picture(case.picture, args.crop).image
-    y = x if args.observed else x + utils.gaussian_noise(x.shape, args.sigma, args.seed)
+    y = x if args.observed else x + gaussian_noise(x.shape, args.sigma, args.seed)
     if args.missing:
         draws = np.random.default_rng((args.seed, 1)).random((1, *x.shape[1:]))
         filled = inpaint_biharmonic(x[0], draws[0] < args.missing)
@@ -279,7 +280,7 @@ def measure(case, folder, extra):
 
 def follow(file, words):
     """Print how a recipe comes on at one observation; words: the flags of denoise.py."""
-    args = utils.parse_arguments("", denoise.DEFAULTS, recipes.RECIPES, words)
+    args = utils.parse_arguments("", denoise.DEFAULTS, open_device, words)
     given, noise = np.load(file), white(args.sigma)
     y, chosen = given["observation"], vars(args)
     recipe = recipes.adapt(args.recipe, y, noise=noise, given=chosen, eight_bits=True)

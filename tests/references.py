@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from network.blur import CircularBlur, gaussian_psf, identity
 from network.fusing import similar
-from utils import gaussian_noise
+from network.noise import gaussian_noise
 
 
 def naive_filter(pilot, y, noise, patch, size, boost):

@@ -10,7 +10,7 @@ import numpy as np
 import deblur
 import denoise
 import utils
-from network import recipes
+from network.device import open_device
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"denoise": denoise, "deblur": deblur}
@@ -55,7 +55,7 @@ def parse(flags, task="denoise"):
     """Read a command line; return the options' values."""
     script = SCRIPTS[task]
     words = [*shlex.split(flags), "--device", "cpu"]
-    return utils.parse_arguments("", script.DEFAULTS, recipes.RECIPES, words)
+    return utils.parse_arguments("", script.DEFAULTS, open_device, words)
 
 
 def chosen(flags, task="denoise", y=None, eight_bits=True):
@@ -64,7 +64,9 @@ def chosen(flags, task="denoise", y=None, eight_bits=True):
     y = WHOLE if y is None else y
     hidden = args.mask or args.missing
     known = np.ones((1, *y.shape[1:])) * (np.arange(y.shape[2]) % 2 if hidden else 1)
-    result = SimpleNamespace(known=known, eight_bits=eight_bits, place=slice(None))
+    result = SimpleNamespace(
+        known=known, eight_bits=eight_bits, place=slice(None), stack=None
+    )
     clipped = [None] if task == "deblur" else []
     return SCRIPTS[task].choose(args, y, result, *clipped)
 

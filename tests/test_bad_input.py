@@ -1,9 +1,6 @@
 """What a user can get wrong ends in one line, and what fails later too."""
 
 import json
-import os
-import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -24,6 +21,8 @@ def bad_inputs():
         ("--path nowhere", "nowhere: no such file"),
         ("--path empty", "no PNG, JPEG or TIFF image"),
         ("--path text.txt", "not a PNG, JPEG or TIFF"),
+        ("--path photo.heic", "convert to PNG or TIFF"),
+        ("--path empty", "convert to PNG or TIFF"),
         ("--path text.png", "text.png is damaged"),
         ("--path zero.png", "zero.png is damaged"),
         ("--path cut.png", "cut.png is damaged"),
@@ -72,10 +71,8 @@ def bad_inputs():
         ("--device cuda:200", "no device"),
         ("--device meta", "no device"),
         ("--device hpu", "no device"),
-        ("--path odd", "not UTF-8"),
-        ("--path good.png --model_type '\udce9'", "not UTF-8"),
-        ("--path good.png --observed --reference ''", "is empty"),
-        ("--path images/in", "images/in/good.png: its results would lie within"),
+        ("--path good.png --observed --reference ''", "it is empty"),
+        ("--path images/in", "images/in/good.png: results go there"),
         ("--path good.png --reference good.png", "--observed"),
         ("--path good.png --observed --reference small.png", "small.png"),
         ("--path good.png --observed --reference rgb.png", "colour"),
@@ -85,11 +82,14 @@ def bad_inputs():
         ("--path good.png --log_path good.txt", "good.png is a folder or an input"),
         ("--path good.png --log_path .", "a text file, such as log.txt"),
         ("--path good.png --log_path log.csv", "a text file, such as log.txt"),
-        ("--path ''", "is empty"),
+        ("--path ''", "it is empty"),
         (f"--path {'a' * 300}", "File name too long"),
-        ("--path good.png --observed --reference pages.tif", "2 planes"),
+        ("--path good.png --observed --reference pages.tif", "2 planes for 1 images"),
         ("--path good.png --mask pages.tif", "2 planes"),
-        ("--path pages.tif --observed --reference good.png", "not with several"),
+        (
+            "--path pages.tif --observed --reference good.png",
+            "or with a stack of as many",
+        ),
         ("--path pages.tif/1", "pages.tif/1: no such file"),
         ("--path rgba.jpg", "no JPEG"),
         ("--path cmyk.tif", "cmyk.tif: SEPARATED pixels"),
@@ -105,14 +105,14 @@ def bad_inputs():
         yield "denoise", flags, words
     for flags, words in (
         ("--kernel nowhere.mat", "nowhere.mat: No such file"),
-        ("--kernel ''", "is empty"),
+        ("--kernel ''", "it is empty"),
         (f"--kernel {'a' * 300}.npy", "too long"),
         ("--kernel zero.npy", "sum above 0"),
         ("--kernel negative.npy", "sum above 0"),
         ("--kernel cube.npy", "matrix"),
         ("--kernel nan.npy", "finite"),
         ("--kernel object.npy", "object.npy is damaged, or no PSF"),
-        ("--kernel two.mat", "two.mat: neither `kernel` nor a single matrix"),
+        ("--kernel two.mat", "two.mat: it has neither `kernel` nor a single matrix"),
         ("--kernel text.mat", "text.mat is damaged, or no PSF"),
         ("--kernel cut.png", "cut.png is damaged"),
         ("--kernel text.txt", "a PSF is .mat, .npy or an image"),
@@ -131,7 +131,7 @@ def bad_inputs():
 def bad_files():
     """Make the files that bad_inputs names."""
     Path("empty").mkdir()
-    for name in ("text.txt", "text.png", "text.mat"):
+    for name in ("photo.heic", "text.txt", "text.png", "text.mat"):
         Path(name).write_text("no image")
     Path("zero.png").touch()
     write("good.png")
@@ -143,9 +143,6 @@ def bad_files():
     write("coloured.png", channels=3)
     write("big.png", side=64)
     write("images/in/good.png")
-    Path("odd").mkdir()
-    if sys.platform == "linux":  # others have no such names
-        shutil.copy("good.png", os.fsdecode(b"odd/caf\xe9.png"))
     write("rgba.png", channels=4)
     Path("rgba.png").rename("rgba.jpg")
     samples = np.zeros((32, 32, 5), np.uint8)
@@ -213,15 +210,6 @@ def test_output_that_is_not_finite_is_no_result(capsys):
     assert run("denoise", "--path camera --crop 32 --lr 1e30") == 1
     assert "a lower --lr than 1e+30 cures it" in capsys.readouterr().err
     assert not list(Path("images").rglob("restored.png"))
-
-
-def test_a_wrong_share_of_the_images_is_refused(monkeypatch, capsys):
-    write("in/a.png")
-    for rank, world in (("2", "2"), ("x", "2"), ("0", "0")):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", world)
-        assert run("denoise", "--path in/a.png") == 2
-        assert "RANK and WORLD_SIZE" in capsys.readouterr().err
 
 
 def test_a_network_that_dies_starts_over(capsys, monkeypatch):

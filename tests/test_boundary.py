@@ -61,9 +61,8 @@ def test_a_simulated_border_is_valid_and_results_lie_in_ys_place(shape, monkeypa
     inner = place(CircularBlur(psf), (48, 48))
     np.testing.assert_array_equal(read(results_folder() / "restored.png"), clean[inner])
     expected = [convolve2d(c, psf, mode="valid") for c in clean.transpose(2, 0, 1)]
-    for name in ("blurred.png", "noisy.png"):
-        made = read(results_folder() / name).astype(float)
-        assert np.abs(made - np.dstack(expected)).max() < 0.51
+    made = read(results_folder() / "noisy.png").astype(float)  # sigma is 0
+    assert np.abs(made - np.dstack(expected)).max() < 0.51
     (learner,) = learners
     known = learner.known[0, 0].numpy()
     assert known[inner].all() and known.sum() == known[inner].size
@@ -135,13 +134,15 @@ def test_what_is_not_known_of_y_changes_nothing_in_fusing():
     assert errors[1] < 0.95 * errors[0]
 
 
-def test_a_resumed_run_keeps_its_margin():
+def test_a_resumed_run_keeps_its_margin(crash):
     write("in/a.png", side=40)
     flags = "--path in/a.png --observed --kernel_size 6 --recipe paper"
     assert run("deblur", flags) == 0
     whole = {f.name: f.read_bytes() for f in results_folder().glob("*.png")}
     results_folder().rename("before")
-    assert run("deblur", f"{flags} --iteration 2") == 0
+    crash(3)
+    assert run("deblur", flags) == 99
+    crash(10**9)
     assert run("deblur", f"{flags} --resume") == 0
     for name in ("restored.png", "noisy.png", "uncertainty.png"):
         assert (results_folder() / name).read_bytes() == whole[name]

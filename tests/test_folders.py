@@ -1,6 +1,9 @@
 """Folders of images, on one process and several."""
 
 import csv
+import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +14,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import skimage.data
 import tifffile
-from scripts import QUICK, ROOT, files, run, without_seconds, write
+from scripts import QUICK, RNG, ROOT, files, run, without_seconds, write
+from skimage.metrics import peak_signal_noise_ratio
 
 import results
 import utils
+from network import recipes
 
 
 def test_folder_goes_on_past_a_bad_image(capsys):
@@ -86,7 +92,7 @@ def test_the_summary_has_what_another_process_finishes_meanwhile(monkeypatch):
     for name in "ab":
         write(f"in/{name}.png")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(results, "EVERY", 0)
+    monkeypatch.setattr(utils, "EVERY", 0)
     plain, calls = utils.csv_text, []
 
     def late(rows):
@@ -114,7 +120,7 @@ def test_logs_of_many_images_are_written_no_more_often_than_pays(monkeypatch):
     assert run("denoise", "--path in --test_frequency 1 --iteration 2") == 0
     # After the first test, and at the end.
     assert len(drawn) == 2
-    assert len([f for f in read if "~" not in f.name]) == 2 * 4
+    assert len(read) == 3 * 4  # once before it begins
     lines = Path("logs/denoise/log.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 * 2
     monkeypatch.setattr(results.Result, "finish", lambda _: sys.exit(99))
@@ -161,7 +167,7 @@ def test_stack_becomes_a_stack_of_its_restored_pages(shape, dtype, kind, capsys)
         for page in clean:
             stack.write(page, photometric=kind, extrasamples=extra, contiguous=False)
     assert run("denoise", "--path in --observed --test_frequency 4") == 0
-    assert capsys.readouterr().out.count("restored.tif") == 3
+    assert capsys.readouterr().out.count("restored.tif") == 1
     (made,) = Path("images/in/cells.TIF/denoise").iterdir()
     joined = tifffile.TiffFile(made / "restored.tif")
     assert len(joined.pages) == 2 and joined.pages[0].photometric.name.lower() == kind
@@ -200,8 +206,6 @@ def test_stack_is_resumed_page_by_page(capsys):
         kept.read_bytes() == expected[f"in/a.tif/2/denoise/{stack.name}/restored.tif"]
     )
     assert len(tifffile.TiffFile(stack / "restored.tif").pages) == 3
-    kept = stack.with_name(f"{stack.name}~1") / "restored.tif"
-    assert kept.read_bytes() == expected[f"in/a.tif/denoise/{stack.name}/restored.tif"]
 
 
 def test_stack_with_a_bad_page_is_not_joined(capsys):
@@ -251,27 +255,98 @@ def test_processes_join_a_stack_once_all_its_pages_are_new(monkeypatch):
         for rank in "01":
             monkeypatch.setenv("RANK", rank)
             assert run("denoise", "--path in/a.tif --sigma 0 --test_frequency 4") == 0
-        # The first process may have joined its new page to the other's old one: "~1".
-        joined_in = min(Path("images/in/a.tif/denoise").iterdir())
+        (joined_in,) = Path("images/in/a.tif/denoise").iterdir()
         joined = cv2.imreadmulti(str(joined_in / "restored.tif"))[1]
         assert [abs(page.mean() - value) < 20 for page in joined] == [True, True]
         joined_in.rename(f"{value}")
 
 
-def test_what_fails_now_in_another_process_has_no_earlier_score(monkeypatch):
-    summary = Path("logs/denoise/log-summary.csv")
-    for name in "abc":
-        write(f"in/{name}.png")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    good = Path("in/b.png").read_bytes()
-    for data, ranks, names in (
-        (good, "01", "abc"),
-        (b"no image", "10", "ac"),
-        (good, "01", "abc"),
+def photons(picture, gain=40, offset=900):
+    """Counts of a camera of 16 bits: Poisson noise, and read noise; (96, 96)."""
+    clean = cv2.resize(picture[:256, :256], (96, 96)) * 8.0 + 400
+    counts = gain * RNG.poisson(clean / gain) + RNG.normal(0, offset**0.5, clean.shape)
+    return counts.clip(0, 65535).astype(np.uint16)
+
+
+def noises():
+    """Return the noise in each record, by the name of its folder."""
+    records = Path("images").rglob("record.json")
+    return {
+        path.parents[2].name: json.loads(path.read_text())["noise"] for path in records
+    }
+
+
+@pytest.mark.parametrize("task", ["denoise", "deblur"])
+def test_the_noise_of_a_stack_is_found_once_for_all_planes(task, monkeypatch):
+    """The third plane, full of texture, does not show alone that its noise grows."""
+    pictures = skimage.data.camera(), skimage.data.camera()[::-1], skimage.data.grass()
+    planes = np.stack([photons(picture) for picture in pictures])
+    Path("in").mkdir()
+    tifffile.imwrite("in/a.tif", planes, photometric="minisblack")
+    tifffile.imwrite("alone.tif", planes[2], photometric="minisblack")
+    assert run(task, "--path alone.tif --observed --iteration 1") == 0
+    (alone,) = noises().values()
+    found, find = [], recipes.find_noise
+    monkeypatch.setattr(
+        recipes, "find_noise", lambda *y: found.append(y) or find(*y), raising=True
+    )
+    assert run(task, "--path in/a.tif --observed --iteration 1") == 0
+    assert [y.shape for y, _ in found] == [(1, 3 * 96, 96)]
+    told = noises()
+    assert told["1"] == told["2"] == told["3"] and "grows" not in alone
+    words = told["3"].removeprefix("white, grows with the signal: ")
+    for sigma, intensity in re.findall(r"sigma (\d+) at (\d+)", words):
+        expected = (40 * float(intensity) + 900) ** 0.5
+        assert float(sigma) == pytest.approx(expected, rel=0.1)
+
+
+def test_planes_of_another_size_and_bad_ones_do_not_count_for_the_noise(capsys):
+    Path("in").mkdir()
+    with tifffile.TiffWriter("in/a.tif") as stack:
+        for side in (64, 8, 40, 64):
+            pixels = np.random.default_rng(side).normal(128, 9, (side, side))
+            stack.write(pixels.astype(np.uint8), contiguous=False)
+    assert run("denoise", "--path in/a.tif --observed --iteration 1") == 1
+    assert "in/a.tif/2: 8x8 pixels" in capsys.readouterr().err
+    told = noises()
+    assert told.keys() == {"1", "3", "4"}
+    assert told["1"] == told["3"] == told["4"]
+
+
+def test_each_plane_is_scored_by_the_references_plane(capsys):
+    Path("in").mkdir()
+    clean = np.random.default_rng(0).integers(0, 256, (3, 40, 40), np.uint8)
+    noisy = clean // 2
+    for name, planes in (
+        ("in/a.tif", noisy),
+        ("clean.tif", clean),
+        ("two.tif", clean[:2]),
+        ("small.tif", clean[:, :32]),
     ):
-        Path("in/b.png").write_bytes(data)
-        for rank in ranks:
-            monkeypatch.setenv("RANK", rank)
-            assert run("denoise", "--path in --test_frequency 4 --resume") == 0
-        rows = [row.split(",")[0] for row in summary.read_text().splitlines()[1:-1]]
-        assert rows == [f"in/{name}.png" for name in names]
+        tifffile.imwrite(name, planes, photometric="minisblack")
+    flags = "--path in/a.tif --observed --iteration 1 --reference"
+    for name in ("two.tif", "clean.tif/1", "in"):
+        assert run("denoise", f"{flags} {name}") == 2
+    assert "2 planes for 3 images" in capsys.readouterr().err
+    assert not Path("images").exists()
+    assert run("denoise", f"{flags} small.tif") == 2
+    assert "small.tif/1: 40x32 gray, but in/a.tif/1 is 40x40" in capsys.readouterr().err
+    assert run("denoise", f"{flags} clean.tif") == 0
+    table = Path("logs/denoise/log-summary.csv").read_text()
+    rows = list(csv.DictReader(table.splitlines()))
+    expected = [peak_signal_noise_ratio(*pair) for pair in zip(clean, noisy)]
+    assert [float(row["observation_psnr"]) for row in rows[:3]] == pytest.approx(
+        expected, abs=1e-3
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no such names")
+def test_any_name_of_a_file_will_do(capsys):
+    """It need not be UTF-8."""
+    write("in/a.png")
+    name = os.fsdecode(b"caf\xe9.png")
+    Path("in/a.png").rename(Path("in", name))
+    assert run("denoise", "in --output out") == 0
+    assert Path("out", name).exists()
+    for log in ("log.txt", "log.csv", "log-summary.csv"):
+        assert b"in/caf\\udce9.png" in Path("logs/denoise", log).read_bytes()

@@ -106,12 +106,14 @@ def test_each_channel_has_a_mask_of_its_own():
     np.testing.assert_array_equal(observation[..., :2], read("in/a.png")[..., :2])
 
 
-def test_resumed_runs_keep_what_is_missing():
+def test_resumed_runs_keep_what_is_missing(crash):
     write("in/a.png", side=40)
     flags = "--path in/a.png --sigma 0 --missing 0.5 --recipe paper"
     assert run("denoise", flags) == 0
     whole = folder_of("denoise")
-    assert run("denoise", f"{flags} --iteration 2") == 0
+    crash(3)
+    assert run("denoise", flags) == 99
+    crash(10**9)
     assert run("denoise", f"{flags} --resume") == 0
     again = folder_of("denoise")
     for name in ("restored.png", "noisy.png", "uncertainty.png"):
@@ -119,8 +121,13 @@ def test_resumed_runs_keep_what_is_missing():
 
 
 def test_uncertainty_is_the_predictions_deviation(monkeypatch, figures):
-    drawn, draw = [], results.uncertainty
-    monkeypatch.setattr(results, "uncertainty", lambda x: drawn.append(x) or draw(x))
+    drawn, draw = [], results.comparison
+
+    def watched_drawing(panels, ends):
+        drawn.append((panels, ends))
+        return draw(panels, ends)
+
+    monkeypatch.setattr(results, "comparison", watched_drawing)
     made, add = [], results.Result.add
 
     def watched(result, restored, *fused):
@@ -131,6 +138,8 @@ def test_uncertainty_is_the_predictions_deviation(monkeypatch, figures):
     write("in/a.png", 3, side=40)
     assert run("denoise", "--path in/a.png") == 0
     # planes are orthonormal: the mean over them is the mean over the channels
-    np.testing.assert_allclose(drawn[-1] ** 2, 255**2 * made[-1].mean(0), rtol=1e-4)
+    ((title, deviation),), ends = drawn[-2][0].items(), drawn[-2][1]
+    np.testing.assert_allclose(deviation[0] ** 2, 255**2 * made[-1].mean(0), rtol=1e-4)
+    assert ends == (0, deviation.max()) and f"0 to {deviation.max():.3g}" in title
     picture = read(folder_of("denoise") / "uncertainty.png")
     assert min(picture.shape[:2]) > 300

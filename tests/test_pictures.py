@@ -87,17 +87,6 @@ def test_centre_crop(tmp_path):
     np.testing.assert_allclose(image * 255, given[5:45, 10:50], atol=1e-4)
 
 
-def test_rounding_to_whole_numbers_is_measured(tmp_path):
-    counts = RNG.poisson(0.58, (1, 40, 40))
-    for name, dtype, least in (("a.tif", "uint16", 0.2), ("b.tif", "float32", 0)):
-        cv2.imwrite(str(tmp_path / name), counts[0].astype(dtype))
-        picture = pictures.read_picture(tmp_path / name)
-        restored = np.full_like(picture.image, 0.4 / picture.peak)
-        rounding = picture.rounding(restored)
-        assert rounding == pytest.approx(1 if least else 0, abs=1e-6)
-        assert picture.rounding(restored * 1000) < 1e-3
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("suffix", ["mat", "npy", "png", "tif"])
 def test_psf_files(tmp_path, suffix, dtype):

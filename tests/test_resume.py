@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,24 +17,6 @@ from scripts import QUICK, ROOT, files, run, without_seconds, write
 import network
 import results
 import utils
-
-
-@pytest.fixture
-def crash(monkeypatch):
-    """Return a function that makes the n-th training step from now end the process."""
-    real = network.Self2Self.train_step
-
-    def at(steps):
-        left = itertools.count(steps - 1, -1)
-
-        def train_step(learner):
-            if next(left) == 0:
-                raise SystemExit(99)
-            real(learner)
-
-        monkeypatch.setattr(network.Self2Self, "train_step", train_step)
-
-    return at
 
 
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
@@ -78,31 +61,28 @@ def test_a_killed_run_resumes_to_the_same_bytes(folder, monkeypatch):
     assert made[0] == made[1]
 
 
-def test_finished_images_are_skipped_and_more_steps_extend_them(
-    capsys, crash, monkeypatch
-):
+def test_finished_images_are_skipped(capsys, crash, monkeypatch):
     write("in/a.png")
-    assert run("denoise", "--path in/a.png --recipe paper --iteration 6") == 0
-    (made,) = Path("images/in/a.png/denoise").iterdir()
-    longer = without_seconds(files(made))
-    assert run("denoise", "--path in/a.png --recipe paper --iteration 4") == 0
+    flags = "--path in/a.png --recipe paper"
+    with monkeypatch.context() as patch:  # it ends when all but the record is done
+        patch.setattr(results.Result, "finish", lambda *_: sys.exit(99))
+        assert run("denoise", flags) == 99
+    assert run("denoise", f"{flags} --resume") == 0
+    before = without_seconds(files())
     capsys.readouterr()
     crash(1)  # no step is made
-    assert run("denoise", "--path in/a.png --recipe paper --iteration 4 --resume") == 0
+    assert run("denoise", f"{flags} --resume") == 0
     assert "finished already" in capsys.readouterr().out
-    crash(3)  # two steps are enough
-    with monkeypatch.context() as patch:
-        patch.setattr(results.Result, "finish", lambda *_: sys.exit(99))
-        flags = "--path in/a.png --recipe paper --iteration 6 --resume"
-        assert run("denoise", flags) == 99
-    assert run("denoise", "--path in/a.png --recipe paper --iteration 6 --resume") == 0
-    assert without_seconds(files(made)) == longer
+    assert without_seconds(files()) == before
 
 
 @pytest.mark.parametrize("kind", ["damaged", "version"])
-def test_a_checkpoint_that_cannot_be_read_is_refused_and_not_touched(kind, capsys):
+def test_a_checkpoint_that_cannot_be_read_is_refused_and_not_touched(
+    kind, capsys, crash
+):
     write("in/a.png")
-    assert run("denoise", "--path in/a.png --recipe paper") == 0
+    crash(3)  # after a test and its checkpoint
+    assert run("denoise", "--path in/a.png --recipe paper") == 99
     (path,) = Path("images").rglob("checkpoint.pt")
     if kind == "damaged":
         path.write_bytes(path.read_bytes()[:1000])
@@ -186,21 +166,6 @@ def test_what_a_signal_interrupts_goes_on_from_there(
     assert json.loads(record.read_text())["losses"] == losses
 
 
-def test_a_run_that_is_past_a_smaller_last_step_is_tested_where_it_is(
-    monkeypatch,
-):
-    write("in/a.png")
-    flags = "--path in/a.png --recipe paper --test_frequency 4"
-    with monkeypatch.context() as patch:
-        signalled(patch, "train_step", 3)
-        assert run("denoise", flags) == 130
-    assert run("denoise", f"{flags} --iteration 2 --resume") == 0
-    (path,) = Path("images").rglob("record.json")
-    record = json.loads(path.read_text())
-    assert [row[0] for row in record["rows"]] == [3] and record["iteration"] == 3
-    assert path.with_name("restored.png").exists()
-
-
 def test_a_wish_to_end_is_a_signal_too_and_the_handlers_are_put_back(
     monkeypatch, capsys
 ):
@@ -216,7 +181,7 @@ def test_before_the_first_step_nothing_is_lost_and_that_is_said(monkeypatch, cap
     write("in/a.png")
     signalled(monkeypatch, "__init__", 1)
     assert run("denoise", "--path in/a.png") == 130
-    assert "interrupted; nothing is lost\n" in capsys.readouterr().err
+    assert "interrupted; nothing is saved\n" in capsys.readouterr().err
     assert not list(Path().rglob("checkpoint.pt"))
 
 
@@ -228,11 +193,12 @@ def test_a_second_signal_ends_a_run_at_once(monkeypatch, capsys):
         real(learner)
         if learner.step == 2:  # this, the third one, is not done
             for _ in range(2):
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(network.Self2Self, "_train", train)
-    assert run("denoise", "--path in/a.png --test_frequency 4") == 143
-    assert "interrupted; its 2 steps are lost" in capsys.readouterr().err
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored behind "&"
+    assert run("denoise", "--path in/a.png --test_frequency 4") == 130
+    assert "interrupted; nothing is saved" in capsys.readouterr().err
 
 
 def test_a_finished_run_of_fast_needs_no_checkpoint(crash, capsys):
@@ -260,7 +226,7 @@ def test_an_edited_program_does_not_go_on(recipe, monkeypatch, capsys):
     before = files()
     monkeypatch.setattr(utils, "sources_digest", lambda: "of edited ones")
     assert run("denoise", f"{flags} --resume") == 2
-    assert "the program has changed since; without --resume" in capsys.readouterr().err
+    assert "of another program; without --resume" in capsys.readouterr().err
     assert files() == before
 
 
@@ -290,11 +256,11 @@ def test_checkpoints_and_lines_of_progress_come_by_the_clock(monkeypatch, capsys
     monkeypatch.setattr(results.Result, "_save_checkpoint", watched)
     flags = "--path in/a.png --test_frequency 4 --recipe paper"
     assert run("denoise", flags) == 0
-    monkeypatch.setattr(results, "EVERY", 0)
-    monkeypatch.setattr(results, "SAVING", 0)
+    monkeypatch.setattr(utils, "EVERY", 0)
+    monkeypatch.setattr(utils, "FIRST", 0)
     assert run("denoise", flags) == 0
-    assert saved == [4, 1, 2, 3, 4, 4]  # before the test, too, which takes long
+    assert saved == [1, 2, 3, 4]  # the last before the test, which takes long
     told = [line for line in capsys.readouterr().err.splitlines() if "% done" in line]
-    assert (
-        len(told) == 7 and told[-1] == "in/a.png: 100% done"
-    )  # 4 steps, 2 + 1 of a test
+    # 4 steps, 2 predictions, the end of the test.
+    assert len(told) == 7 and told[-1] == "in/a.png: 100% done, 00:00 left"
+    assert all(re.fullmatch(r"in/a.png: \d+% done, \d\d:\d\d left", x) for x in told)

@@ -152,7 +152,7 @@ def test_a_dark_or_raised_picture_is_restored_like_a_bright_one():
 
 
 def test_a_float_pictures_values_are_its_own(capsys):
-    """Scores go by the reference's range, PNGs from end to end, files by its units."""
+    """Scores go by the reference's range, PNGs go from end to end, files by its units."""
     y = picture()[0].clip(0, 1)
     tifffile.imwrite("clean.tif", (y * 4000 - 1000).astype("f4"))
     noisy = y * 4000 - 1000 + np.random.default_rng(1).normal(0, 100, y.shape)
@@ -166,8 +166,7 @@ def test_a_float_pictures_values_are_its_own(capsys):
         expected, abs=0.01
     )
     assert "peak: the reference's range" in out
-    assert out.count("PNGs show") == 1
-    assert "white, sigma 100 (in the file's numbers, --noise_sigma 25500)" in out
+    assert "white, sigma 100 (in the file's numbers)" in out
     shown = cv2.imread(str(results / "noisy.png"), cv2.IMREAD_UNCHANGED)
     assert (shown.min(), shown.max(), shown.dtype) == (0, 65535, np.uint16)
     error = scipy.io.loadmat(results / "error.mat")["error"]

@@ -8,7 +8,7 @@ from tensors import identity, random_image, seeded, without_pass, without_rounds
 
 from network.fusing import noisy, similar
 from network.fusing.similar import filter_groups
-from utils import gaussian_noise
+from network.noise import gaussian_noise
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 33, 61)])

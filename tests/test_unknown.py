@@ -11,11 +11,10 @@ import tifffile
 from scripts import run
 from tensors import identity, random_image, train
 
-from deblur import at_white
 from network import recipes
 from network.noise import find_noise, white
 from network.self2self import Self2Self
-from network.unknown import find_unknown
+from network.unknown import at_white, find_unknown
 
 RNG = np.random.default_rng(0)
 CAMERA = skimage.data.camera()[128:256, 160:288] / 255

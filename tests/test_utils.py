@@ -4,21 +4,23 @@ import numpy as np
 import pytest
 import scipy.io
 
+import pictures
 import utils
+from network.noise import gaussian_noise
 
 
 def test_noise_is_white_and_of_the_named_sigma():
-    noise = utils.gaussian_noise((3, 200, 200), 25, 1)
+    noise = gaussian_noise((3, 200, 200), 25, 1)
     assert noise.std() * 255 == pytest.approx(25, rel=0.01)
     assert abs(np.mean(noise[0] * noise[1])) < 4 * (25 / 255) ** 2 / 200
-    assert (noise == utils.gaussian_noise((3, 200, 200), 25, 1)).all()
-    assert not (noise == utils.gaussian_noise((3, 200, 200), 25, 2)).any()
+    assert (noise == gaussian_noise((3, 200, 200), 25, 1)).all()
+    assert not (noise == gaussian_noise((3, 200, 200), 25, 2)).any()
 
 
 def test_mat_files_repeat(tmp_path, monkeypatch):
-    utils.save_mat(tmp_path / "a.mat", "noise", np.eye(3))
+    pictures.save_mat(tmp_path / "a.mat", "noise", np.eye(3))
     monkeypatch.setattr("time.asctime", lambda: "another day")
-    utils.save_mat(tmp_path / "b.mat", "noise", np.eye(3))
+    pictures.save_mat(tmp_path / "b.mat", "noise", np.eye(3))
     assert (tmp_path / "a.mat").read_bytes() == (tmp_path / "b.mat").read_bytes()
     assert (scipy.io.loadmat(tmp_path / "a.mat")["noise"] == np.eye(3)).all()
 
