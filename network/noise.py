@@ -50,6 +50,7 @@ MIN_GROWTH = 1.2  # sigma where it is bright over sigma where it is dark
 MAX_STRENGTH = 1.4  # variance of one channel over another's that counts as equal
 # Under a JPEG. Texture looks more like noise, since only aligned blocks can be used.
 MAX_JPEG_RATIO, MAX_JPEG_GROWTH = 1.3, 1.3
+MIN_JPEG_RATIO = 4.0  # of shared noise, in a picture with fine detail; fur has 3
 MIN_JPEG_SIGMA = 3  # white noise, where 255 is the picture's range; less may be grain
 MIN_SHARPNESS = 3.0  # of a picture that a network alone would blur, 0-255 scale
 
@@ -69,6 +70,10 @@ class Noise(NamedTuple):
     ends: tuple = (0.0, 1.0)
     # Whether the picture was a JPEG. Sigma is that before compression.
     jpeg: bool = False
+    # Standard deviation of the middle frequencies in the flattest blocks, in the picture's
+    # units. It tells how strong shared noise is: of all frequencies with much of it, these
+    # have the least texture.
+    strength: float = 0.0
 
     def is_white(self):
         """Tell whether a filter for white noise can be told its sigma.
@@ -125,6 +130,7 @@ class Evidence(NamedTuple):
     is_small: bool  # whether there is hardly any noise, even with the texture
     ratio: float  # energy of the middle frequencies over that of the highest
     highest: float  # energy of the highest frequencies over that of the lines
+    strength: float  # see Noise
     correlation: float  # of the noise in two channels, the largest
 
 
@@ -156,7 +162,8 @@ def noise_of(y, known, sigma=None, camera=False):
     """Return a picture's noise: white if sigma is given, CAMERA if camera is true, or found."""
     if sigma is not None:
         return white(sigma)
-    return CAMERA if camera else find_noise(y, known)
+    found = find_noise(y, known)
+    return CAMERA._replace(strength=found.strength) if camera else found
 
 
 def find_noise(y, known):
@@ -181,10 +188,13 @@ def find_noise(y, known):
     blocks = _usable_blocks(y, known)
     if blocks.shape[1] < MIN_BLOCKS:
         return Noise("unknown")
-    grid = find_grid(y, known)
+    evidence, grid = _measure(blocks), find_grid(y, known)
     if grid is None:
-        return _name(_measure(blocks))
-    return _name_compressed(measure_jpeg(y, known, grid), np.ptp(y[known]), len(y))
+        found = _name(evidence)
+    else:
+        span = np.ptp(y[known])
+        found = _name_compressed(measure_jpeg(y, known, grid), span, len(y))
+    return found._replace(strength=evidence.strength)
 
 
 def _measure(blocks):
@@ -206,13 +216,15 @@ def _measure(blocks):
     least = MIN_CHANNEL * max(gain * level + offset for gain, offset in lines)
     lines = tuple((gain, max(offset, least - gain * level)) for gain, offset in lines)
     bright = Noise("growing", lines, tuple(ends)).sigma(ends[1])
-    most = max(255 * math.sqrt(_energy(flat[..., MIDDLE] ** 2)), bright / 2)
+    strength = math.sqrt(_energy(flat[..., MIDDLE] ** 2))
+    most = max(255 * strength, bright / 2)
     return Evidence(
         lines,
         tuple(ends),
         is_small=most < MIN_SIGMA * np.ptp(levels),
         ratio=middle / highest if highest else math.inf if middle else math.nan,
         highest=highest,
+        strength=strength,
         correlation=np.abs(np.triu(np.atleast_2d(shared), 1)).max(),
     )
 
@@ -256,7 +268,7 @@ def _name_compressed(found, span, channels):
     strong = found.is_certain and found.sigma >= MIN_JPEG_SIGMA * span
     if strong and found.ratio < MAX_JPEG_RATIO and not grows:
         return even("white", found.sigma)
-    if found.ratio > MIN_CORRELATED_RATIO or found.sharpness < MIN_SHARPNESS:
+    if found.ratio > MIN_JPEG_RATIO or found.sharpness < MIN_SHARPNESS:
         return Noise("compressed", jpeg=True)
     # Fine detail is at stake, so only what is certainly noise is removed.
     return even("compressed", max(found.least, MIN_SIGMA * span))

@@ -15,6 +15,9 @@ from network.unknown import at_white, find_unknown
 
 UNKNOWN_SIGMA = 25  # stands in for a sigma that is not known
 MAX_SIGMA = 100 * 255  # 100 times the picture's range
+# Shared noise is strong if noise.Noise.strength is so much, where 255 is 1 in the photons'
+# units. If it is stronger, fewer photons are counted: at least this share.
+STRONG_SIGMA, MIN_PHOTON_SHARE = 3.5, 0.25
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,9 @@ class Recipe:
     # The predictions that training makes join the ensemble, those of step t of T with the
     # weight (t / T)**averaging_power. None: they do not.
     averaging_power: float | None
-    # What is fused with the ensemble: none; noise for an observation with white noise;
-    # holes for one without noise that has unknown entries. See network/fusing.
+    # What is fused with the ensemble: none; noise for an observation with white noise,
+    # shared for one whose noise neighbours share; holes for one without noise that has
+    # unknown entries. See network/fusing.
     fuse: str
     # n. Each step replaces the observation by photon counts, Poisson(n y) / n, against noise
     # that neighbours share (TensorFlow's mode for real noise). None: no step does.
@@ -141,7 +145,7 @@ def adapt(
 ):
     """Return a recipe with the values that suit one picture.
 
-    A picture with white noise is fused; noise that grows with the signal is made even
+    A picture with noise is fused; white noise that grows with the signal is made even
     first. Against noise that neighbours share, each step adds fresh Poisson noise. `paper`
     does neither.
 
@@ -174,6 +178,8 @@ def adapt(
             values["iteration"] = 0  # there is nothing to learn
     values |= _values_by_noise(recipe, noise, values["noise"], blurred)
     camera = recipe.own_scale and not blurred and not noise.is_white()
+    if camera:
+        values["photons"] = _photons(recipe, noise, values)
     values |= {k: v for k, v in given.items() if hasattr(recipe, k) and k != "fuse"}
     if not given.get("real_noise", camera):
         values["photons"] = None
@@ -217,8 +223,15 @@ def _values_by_noise(recipe, noise, sigma, blurred):
     }
 
 
+def _photons(recipe, noise, values):
+    """Return the field `photons`: the stronger the noise that neighbours share, the fewer."""
+    unit = 1 if values["absolute"] else values["scale"].span
+    weakness = STRONG_SIGMA * unit / max(255 * noise.strength, 1e-30)
+    return round(recipe.photons * min(max(weakness**2, MIN_PHOTON_SHARE), 1))
+
+
 def _what_is_fused(recipe, noise, values, holes, blurred, given):
-    """Return the field `fuse`: none, noise or holes.
+    """Return the field `fuse`: none, noise, shared or holes.
 
     Args:
         recipe, noise, blurred, given: see adapt.
@@ -229,12 +242,15 @@ def _what_is_fused(recipe, noise, values, holes, blurred, given):
     filled = holes and sigma == 0
     even = noise.is_white() and (bool(scale.lines) or noise.is_even())
     jpeg = blurred and noise.jpeg  # its noise is the residual's
-    known = recipe.fuse != "none" and (filled or jpeg or (even and sigma > 0))
+    photons = values.get("photons", recipe.photons)
+    shared = not blurred and not noise.is_white() and bool(photons)
+    known = filled or jpeg or shared or (even and sigma > 0)
+    known = known and recipe.fuse != "none"
     variance = values.get("drop_rate", recipe.drop_rate) > 0
     variance &= given.get("num_prediction", 2) > 1
     if not (variance and given.get("fuse", known)):
         return "none"
-    return "holes" if filled else "noise"
+    return "holes" if filled else "shared" if shared else "noise"
 
 
 def _less_for_cpu(y, known):

@@ -32,7 +32,7 @@ import results
 import utils
 from network import Self2Self, blur, fast_punet, recipes
 from network.device import open_device
-from network.fusing import missing, noisy
+from network.fusing import fuse
 from network.noise import gaussian_noise, white
 
 BLUR = blur.CircularBlur(blur.gaussian_psf(15, 1.0))
@@ -134,36 +134,30 @@ def quality():
         tried(f"quality: {precision}", restored, clean, y, precision)
 
 
-def fused_apart(x, operator):
+def fused_apart(what, x, operator=blur.identity):
     """Return how far fusing on the device is from a CPU's, at most."""
     noise, known = gaussian_noise(x.shape, 10, 0), np.ones_like(x[:1])
     f, variance, made = x + 0.5 * noise[:, ::-1], np.full_like(x, 1e-4), []
-    if operator:
-        y = operator(torch.from_numpy(x)[None])[0].numpy() + noise
-    else:
+    y = operator(torch.from_numpy(x)[None])[0].numpy() + noise
+    if what == "holes":
         y, known[:, ::2, ::3] = x, 0
     for device in ("cpu", DEVICE):
         seen = (torch.from_numpy(a).to(device) for a in (known * y, known))
-        given = f.copy(), variance, *seen
-        fused = (
-            noisy.fuse_noisy(*given, 10, operator)
-            if operator
-            else missing.fill_holes(*given)
-        )
-        made.append(fused[0])
+        made.append(fuse(what, f.copy(), variance, *seen, 10, operator)[0])
     return float(np.abs(made[0] - made[1]).max())
 
 
-def fuse():
+def fusing():
     """Fusing on the device beside a CPU's."""
     gray, colour = (picture(64 if QUICK else 256, channels) for channels in (1, 3))
-    for name, x, operator in (
-        ("gray", gray, blur.identity),
-        ("colour", colour, blur.identity),
-        ("blur", gray, BLUR),
-        ("holes", gray, None),
+    for name, *given in (
+        ("gray", "noise", gray),
+        ("colour", "noise", colour),
+        ("blur", "noise", gray, BLUR),
+        ("shared", "shared", colour),
+        ("holes", "holes", gray),
     ):
-        tried(f"fuse: {name}, largest difference", fused_apart, x, operator)
+        tried(f"fuse: {name}, largest difference", fused_apart, *given)
 
 
 def rows_below(folder):
@@ -264,7 +258,7 @@ def main():
     OUT.mkdir(parents=True, exist_ok=True)
     kind = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     figure("machine", f"{kind}, {os.cpu_count()} cores, PyTorch {torch.__version__}")
-    for check in (smoke, steps, quality, fuse, scripts, resume, out_of_memory):
+    for check in (smoke, steps, quality, fusing, scripts, resume, out_of_memory):
         if time.perf_counter() - started < args.limit:
             print(f"== {check.__doc__.splitlines()[0]}", flush=True)
             single = check in (resume, out_of_memory)

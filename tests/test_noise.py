@@ -113,6 +113,9 @@ def test_a_clean_jpeg_is_hardly_changed():
     found = find_noise(jpeg(sharp, 90)[0], ALL)
     assert found.kind == "compressed" and 0 < found.sigma() < 2.5
     assert found.describe().endswith(" at most")
+    # Fur has much in its middle frequencies, as shared noise has.
+    fur = skimage.data.chelsea()[86:214, 161:289].transpose(2, 0, 1) / 255
+    assert recipes.adapt("fast", jpeg(fur, 90)[0]).fuse == "noise"
 
 
 def test_the_steps_of_a_jpeg_are_those_of_its_file():
@@ -144,7 +147,7 @@ def test_a_jpeg_is_fused_with_the_sigma_found_but_under_a_blur_with_none():
     assert blurred.fuse == "noise" and blurred.noise is None and blurred.photons is None
     camera = noise(clean.shape, 15, 1.2) + ndimage.gaussian_filter(clean, (0, 2, 2))
     photons = recipes.adapt("fast", jpeg(camera, 90)[0])
-    assert photons.fuse == "none" and photons.photons == 100
+    assert photons.fuse == "shared" and photons.photons
 
 
 @pytest.mark.parametrize("side", [96, 256])
@@ -283,11 +286,11 @@ def test_a_recipe_follows_from_the_noise():
         (even, "", True, False, None),
         (even, "--recipe paper", False, False, None),
         (even, "--fuse off", False, False, None),
-        (even, "--real_noise", False, False, 100),
+        (even, "--real_noise", True, False, 25),
         (grown, "", True, True, None),
         (grown, "--recipe paper", False, False, None),
         (grown, "--noise_sigma 20", True, False, None),
-        (shared, "", False, False, 100),
+        (shared, "", True, False, 25),
         (shared, "--no-real_noise", False, False, None),
         (shared, "--noise_sigma 20", True, False, None),
         (shared, "--recipe paper --real_noise", False, False, 25),

@@ -32,7 +32,7 @@ def test_the_use_from_python_restores_any_array(after, kind):
     names = runpy.run_path("use.py")
     assert names["learner"].step == 4
     assert find_noise(names["y"], np.ones((1, 1, 1))).kind == kind
-    fused = kind == "white"
+    fused = kind != "none"
     assert (names["predicted_error"] is not None) == fused
     for array in (names["clean"], names["predicted_error"])[: 1 + fused]:
         assert array.shape == (1, 64, 64) and np.isfinite(array).all()
