@@ -125,7 +125,7 @@ RECIPES = {
         own_scale=True,
         averaging_power={0: 3, 40: 1},  # with much noise early predictions help more
         fuse="noise",  # `adapt` may change it to holes or none
-        photons=100,  # 25 blurs fine detail
+        photons=100,  # 25 blurs fine detail; for strong noise `adapt` takes fewer
         precision="auto",
         window=384,  # large pictures cost no more than small ones
     ),

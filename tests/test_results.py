@@ -124,7 +124,7 @@ def test_an_observed_images_noise_is_given_or_found(capsys):
         assert record["noise"] == f"white, sigma {sigmas[-1]:.3g}"
     assert sigmas == [pytest.approx(20, rel=0.1), 60]
     assert errors[1] > errors[0]
-    assert run("denoise", "--path in/b.png --observed --fuse on") == 2
+    assert run("denoise", "--path in/b.png --observed --fuse on --no-real_noise") == 2
     err = capsys.readouterr().err
     assert "shared by neighbours, as a camera's; --fuse on needs a --noise_sigma" in err
     assert not Path("images/in/b.png").exists()
