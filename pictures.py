@@ -4,6 +4,7 @@ import io
 import itertools
 import logging
 import math
+import re
 import shutil
 import warnings
 import zlib
@@ -41,6 +42,8 @@ COLOURS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1}  # samples, n
 UNKNOWN, PREMULTIPLIED, STRAIGHT = 0, 1, 2  # kinds of a TIFF's extra sample
 FAST_PNG = {"level": 1, "strategy": 3, "filter": 16}  # as imagecodecs advises
 EXIF = b"Exif\0\0"  # Pillow's EXIF begins with it, a PNG's does not
+# XMP of a gain map or a video, which our file does not have.
+GAIN_MAP = re.compile(rb"(?i)hdrgm|gain-?map|photos/1\.0/container|MicroVideo")
 
 
 class Picture(NamedTuple):
@@ -285,13 +288,16 @@ def read_plain(path, crop):
             pixels = np.array(image.convert(mode))
     if is_png:
         pixels = imagecodecs.png_decode(path.read_bytes())
-    metadata = {"exif": info.get("exif"), "iccprofile": info.get("icc_profile")}
+    metadata = {key: info.get(key) or b"" for key in ("exif", "xmp")}
+    metadata["iccprofile"] = info.get("icc_profile")
+    if GAIN_MAP.search(metadata["xmp"]):
+        del metadata["xmp"]
     pixels = turn_upright(pixels.reshape(*pixels.shape[:2], -1), metadata)
     return pixels, 3 if pixels.shape[2] > 2 else 1, metadata
 
 
 def turn_upright(pixels, metadata):
-    """Turn pixels (H, W, samples) by their EXIF orientation, and set it to 1."""
+    """Turn pixels (H, W, samples) by their EXIF orientation, and set it to 1, also in XMP."""
     turned = 1
     with suppress(Exception):  # there is no EXIF, or it is damaged
         exif = io.BytesIO(metadata["exif"].removeprefix(EXIF))
@@ -299,6 +305,9 @@ def turn_upright(pixels, metadata):
             turned = tags.pages[0].tags[ORIENTATION].value
             tags.pages[0].tags[ORIENTATION].overwrite(1)
         metadata["exif"] = EXIF + exif.getvalue()
+    if turned != 1 and metadata.get("xmp"):
+        upright = rb"\g<1>1", metadata["xmp"]
+        metadata["xmp"] = re.sub(rb"(tiff:Orientation(?:=[\"']|>))\d", *upright)
     pixels = pixels.swapaxes(0, 1) if turned in (5, 6, 7, 8) else pixels
     pixels = pixels[:, ::-1] if turned in (2, 3, 6, 7) else pixels
     return np.ascontiguousarray(pixels[::-1] if turned in (3, 4, 7, 8) else pixels)
@@ -307,17 +316,18 @@ def turn_upright(pixels, metadata):
 def encode(suffix, pixels, metadata):
     """Return pixels (H, W, samples) as the bytes of a PNG or JPEG, as the suffix says.
 
-    `iccprofile` and `exif` of the metadata are bytes, or missing.
+    `iccprofile`, `exif` and `xmp` of the metadata are bytes, or missing.
     """
-    profile, exif = (metadata.get(name) or b"" for name in ("iccprofile", "exif"))
+    kept = (metadata.get(name) or b"" for name in ("iccprofile", "exif", "xmp"))
+    profile, exif, xmp = kept
     gray, pixels = pixels.shape[2] < 3, pixels.squeeze()
     if profile[16:20] != (b"GRAY" if gray else b"RGB "):  # such as a CMYK JPEG's
         profile = b""
     file = io.BytesIO()
     if suffix in JPEG:
         # A segment holds 64 kB, and Pillow splits only the profile.
-        exif = exif if len(exif) < 2**16 - 64 else b""
-        kept = {"icc_profile": profile, "exif": exif}
+        exif, xmp = (x if len(x) < 2**16 - 64 else b"" for x in (exif, xmp))
+        kept = {"icc_profile": profile, "exif": exif, "xmp": xmp}
         # Full chroma, so that a JPEG's known pixels come back unchanged.
         image = Image.fromarray(pixels)
         image.save(file, "jpeg", quality=100, subsampling=0, **kept)
@@ -327,6 +337,7 @@ def encode(suffix, pixels, metadata):
     for kind, head, content in (
         (b"iCCP", b"ICC Profile\0\0", profile and zlib.compress(profile)),
         (b"eXIf", b"", exif.removeprefix(EXIF)),
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0", xmp),
     ):
         if content:
             PngImagePlugin.putchunk(file, kind, head, content)

@@ -38,11 +38,9 @@ def drawn(figure):
 
 
 def comparison(panels, ends):
-    """Draw titled images side by side.
+    """Draw images (C, H, W) of one size side by side.
 
-    Args:
-        panels: title -> image (C, H, W), all of one size.
-        ends: the values drawn as black and as white.
+    panels: title -> image; ends: the values drawn as black and as white.
     """
     _, height, width = next(iter(panels.values())).shape
     every = math.ceil(max(height, width) / MAX_PANEL)
@@ -272,6 +270,8 @@ class Result:
             earlier = read_record(self.folder) or {}
             if earlier.get("made_from") != self.record["made_from"]:
                 utils.set_aside(self.folder)  # else this run makes the same again
+                if source.stack:
+                    utils.set_aside(self.run.folder(utils.stack_of(self.path)))
         self.begun = True
         self._write_record()
         picture.save(self.folder / "noisy.png", self.observation)
@@ -317,8 +317,7 @@ class Result:
             saved = read_checkpoint(path)
         else:
             path, saved = self.folder / "record.json", read_record(self.folder)
-            finished = saved and saved["finished"]
-            if not (finished and self._restored_path().exists()):
+            if not (saved and saved["finished"] and self._restored_path().exists()):
                 return
         was, now = saved["made_from"], self.record["made_from"]
         changed = [k for k in was.keys() | now.keys() if was.get(k) != now.get(k)]
@@ -451,6 +450,8 @@ class Result:
         if self.begun:
             self.record |= {"finished": not failed, "failed": failed}
             self._write_record()
+        elif earlier := read_record(self.folder):  # which is not this run's
+            self._write_record(earlier | {"failed_at": time.time()})
         if not failed:
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
             if not self.source.stack:
@@ -462,9 +463,9 @@ class Result:
     def _write(self, name, data):
         utils.write_atomically(self.folder / name, data)
 
-    def _write_record(self):
-        data = json.dumps(self.record | {"written": time.time()}, indent=1)
-        self._write("record.json", data.encode())
+    def _write_record(self, record=None):
+        record = record or self.record | {"written": time.time()}
+        self._write("record.json", json.dumps(record, indent=1).encode())
 
 
 def read_record(folder):
@@ -638,15 +639,15 @@ class Run:
         """Return the records of this call's images so far, path -> record.
 
         Records of an earlier call count only if this call resumes it, and the image has not
-        failed now in this process. Other processes may have started up to SKEW before this one.
+        failed now. Other processes may have started up to SKEW before this one.
         """
-        found, ours, failed = {}, set(self.paths), set(self.failed)
+        found, ours = {}, set(self.paths)
         for file in self.files:
             record = read_record(self.folder(file))
             since = self.started - (0 if file in ours else SKEW)
-            resumed = self.args.resume and str(file) not in failed
-            if record and (resumed or record["written"] >= since):
-                found[file] = record
+            if record and record.get("failed_at", 0) < since:
+                if self.args.resume or record["written"] >= since:
+                    found[file] = record
         return found
 
     def log_test(self):

@@ -1,16 +1,18 @@
-"""Profile, EXIF and orientation of PNG and JPEG files come back."""
+"""Profile, EXIF, XMP and orientation of PNG and JPEG files come back."""
 
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 import pictures
 
 RNG = np.random.default_rng(0)
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+GAIN_MAP = b'<x:xmpmeta xmlns:hdrgm="http://ns.adobe.com/hdr-gain-map/1.0/"/>'
+PLAIN_XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 
 
 def random(*shape):
@@ -37,14 +39,16 @@ def test_orientation_is_applied_and_then_upright(suffix, turned):
     assert (kept[274], kept[271]) == (1, "a maker")
 
 
-def camera_file(name):
-    """Write a file as cameras do: a profile, EXIF of orientation 6, a second picture."""
+def camera_file(name, xmp):
+    """Write a file as cameras do: a profile, EXIF of orientation 6, XMP, a second picture."""
     exif = Image.Exif()
     exif[274], exif[271] = 6, "a maker"
-    told = {"icc_profile": PROFILE, "exif": exif}
+    told = {"icc_profile": PROFILE, "exif": exif, "xmp": xmp}
     image, small = Image.new("RGB", (48, 40), "red"), Image.new("RGB", (8, 8))
     if name.endswith("png"):
-        image.save(name, **told)
+        xmp_chunk = PngImagePlugin.PngInfo()
+        xmp_chunk.add_itxt("XML:com.adobe.xmp", told.pop("xmp").decode())
+        image.save(name, pnginfo=xmp_chunk, **told)
     else:
         told |= {"save_all": True, "append_images": [small]}
         image.save(name, "MPO", **told)
@@ -52,14 +56,16 @@ def camera_file(name):
 
 @pytest.mark.parametrize("made", ["out.jpg", "out.png"])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png"])
-def test_profile_and_exif_come_back(name, made, capfd):
-    camera_file(name)
-    picture = pictures.read_picture(name)
-    picture.save(made, picture.image)
-    with Image.open(made) as kept:
-        assert kept.info["icc_profile"] == PROFILE
-        assert (kept.getexif()[274], kept.getexif()[271]) == (1, "a maker")
-        assert kept.size == (40, 48)
+def test_profile_exif_and_xmp_come_back(name, made, capfd):
+    for xmp in (PLAIN_XMP, GAIN_MAP):
+        camera_file(name, xmp)
+        picture = pictures.read_picture(name)
+        picture.save(made, picture.image)
+        with Image.open(made) as kept:
+            assert kept.info["icc_profile"] == PROFILE
+            assert (kept.getexif()[274], kept.getexif()[271]) == (1, "a maker")
+            upright = PLAIN_XMP.replace(b"6", b"1") if xmp == PLAIN_XMP else None
+            assert kept.info.get("xmp") == upright and kept.size == (40, 48)
     assert capfd.readouterr() == ("", "")
 
 
@@ -87,7 +93,7 @@ def test_exif_that_a_jpeg_has_in_two_segments_is_left_out():
 
 
 def test_metadata_behind_a_pngs_pixels_is_found():
-    camera_file("a.png")
+    camera_file("a.png", PLAIN_XMP)
     data = Path("a.png").read_bytes()
     at = data.index(b"eXIf") - 4
     end = at + 12 + int.from_bytes(data[at : at + 4])
