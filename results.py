@@ -645,9 +645,9 @@ class Run:
         for file in self.files:
             record = read_record(self.folder(file))
             since = self.started - (0 if file in ours else SKEW)
-            if record and record.get("failed_at", 0) < since:
-                if self.args.resume or record["written"] >= since:
-                    found[file] = record
+            gone = not record or record.get("failed_at", 0) >= since
+            if not gone and (self.args.resume or record["written"] >= since):
+                found[file] = record
         return found
 
     def log_test(self):
