@@ -11,13 +11,11 @@ from network.fusing.similar import filter_groups
 from network.jpeg import LOW, ORDER, blocks_of
 
 MAX_BLOCKS = 2**16  # about so many are used
-# Of a block's frequencies: waves of 8 to 16 pixels.
-LOWEST = (ORDER >= 1) & (ORDER <= 2)
+LOWEST = (ORDER >= 1) & (ORDER <= 2)  # waves of 8 to 16 pixels
 FLAT_SHARE = 0.05  # of the blocks, the flattest
 DETAIL_SHARE = 0.4  # of the filtered y in the fused luminance, at least
-MAX_GROWTH = (
-    4  # of the noise's energy from flat areas to the whole; more is lost detail
-)
+# Energy of y - f over that of the noise where f is flat; beyond it f has lost detail.
+MAX_GROWTH = 4
 MIN_VARIANCE = 1e-7  # in the learner's units; filters need some noise
 
 
