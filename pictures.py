@@ -35,6 +35,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # bytes; a scanner's colour profile has m
 SMALLEST_SIDE = 32  # pixels: the network halves a picture five times
 MAX_PIXELS = 2**25  # of a picture, or of its --crop
 MAX_DECODED = 2**28  # pixels of a file
+MAX_PSF_SIDE = 4096  # pixels; as --kernel_size
 MAX_PACKED = 2**14  # pixels per byte of a file; deflate packs 8256 of one bit
 RESOLUTION, ORIENTATION, NODATA = 282, 274, 42113  # TIFF tags; NODATA is GDAL's
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6  # photometrics
@@ -120,10 +121,9 @@ class Picture(NamedTuple):
                 image = image / np.maximum(alpha, 1e-6)
             image = [*image, alpha]
         dtype = np.dtype(np.uint8 if self.dtype.itemsize == 1 else np.uint16)
+        most = np.iinfo(dtype).max
         # Channel by channel, to save memory.
-        samples = [
-            quantise(np.clip(x, 0, 1), dtype, np.iinfo(dtype).max) for x in image
-        ]
+        samples = [quantise(x.clip(0, 1), dtype, most) for x in image]
         utils.write_atomically(path, encode(suffix, np.dstack(samples), self.metadata))
 
     def part(self, place):
@@ -251,10 +251,9 @@ def read_mask(path, crop=0):
     known = known[:1] if (known == known[:1]).all() else known
     known = known if mask.alpha is None else known & (mask.alpha != 0)
     if known.all():
-        raise InputError(
-            f"{path}: no pixel of this mask{' within --crop' if crop else ''} is 0 or "
-            "transparent; paint black what is missing"
-        )
+        within = " within --crop" if crop else ""
+        fault = f"no pixel of this mask{within} is 0 or transparent"
+        raise InputError(f"{path}: {fault}; paint black what is missing")
     return mask, known.astype(np.float32)
 
 
@@ -316,10 +315,9 @@ def turn_upright(pixels, metadata):
 def encode(suffix, pixels, metadata):
     """Return pixels (H, W, samples) as the bytes of a PNG or JPEG, as the suffix says.
 
-    `iccprofile`, `exif` and `xmp` of the metadata are bytes, or missing.
+    In the metadata `iccprofile`, `exif` and `xmp` are bytes, or missing.
     """
-    kept = (metadata.get(name) or b"" for name in ("iccprofile", "exif", "xmp"))
-    profile, exif, xmp = kept
+    profile, exif, xmp = (metadata.get(k) or b"" for k in ("iccprofile", "exif", "xmp"))
     gray, pixels = pixels.shape[2] < 3, pixels.squeeze()
     if profile[16:20] != (b"GRAY" if gray else b"RGB "):  # such as a CMYK JPEG's
         profile = b""
@@ -476,23 +474,19 @@ def join_planes(path, stack, restored):
 
 # --- MATLAB files and PSFs ---------------------------------------------------------
 
-MAX_PSF_SIDE = 4096  # pixels; as --kernel_size
-
 
 def save_mat(path, key, array):
     """Write a PSF (h, w) or an image (C, H, W) as a MATLAB file, without a time stamp."""
     array = array.transpose(1, 2, 0).squeeze() if array.ndim == 3 else array
     buffer = io.BytesIO()
     scipy.io.savemat(buffer, {key: array})
-    utils.write_atomically(
-        path, b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:]
-    )
+    data = b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:]
+    utils.write_atomically(path, data)
 
 
 def load_mat(path, key):
     """Return the matrix of that key in a MATLAB file, or the file's only matrix."""
-    with open(path, "rb") as file:
-        arrays = scipy.io.loadmat(file)
+    arrays = scipy.io.loadmat(io.BytesIO(Path(path).read_bytes()))
     found = {k: v for k, v in arrays.items() if k[:2] != "__" and np.ndim(v) == 2}
     if key not in found and len(found) != 1:
         raise InputError(f"it has neither `{key}` nor a single matrix")
@@ -508,8 +502,7 @@ def read_psf(path):
     Raises:
         InputError, OSError: the file holds no PSF; the message says why.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
+    path, suffix = Path(path), Path(path).suffix.lower()
     with utils.naming(path, "no PSF (a PSF is .mat, .npy or an image)"):
         if suffix == ".mat":
             psf = load_mat(path, "kernel")
@@ -538,11 +531,8 @@ def score(image, clean, ends=None):
     """Return the PSNR in dB and the SSIM (Wang et al. 2004) of an image.
 
     The peak is 1, and the image is clipped to [0, 1]; if the clean image leaves [0, 1], the
-    peak is its range. Entries that are not finite in the clean image do not count.
-
-    Args:
-        image, clean: (C, H, W).
-        ends: black and white, in place of the clean image's.
+    peak is its range, or that of `ends`, black and white. Entries that are not finite in
+    the clean image do not count. Images (C, H, W).
     """
     low, high = ends or black_and_white(clean)
     wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
