@@ -450,7 +450,7 @@ class Result:
         if self.begun:
             self.record |= {"finished": not failed, "failed": failed}
             self._write_record()
-        elif earlier := read_record(self.folder):  # which is not this run's
+        elif self.run.world > 1 and (earlier := read_record(self.folder)):
             self._write_record(earlier | {"failed_at": time.time()})
         if not failed:
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -641,12 +641,13 @@ class Run:
         Records of an earlier call count only if this call resumes it, and the image has not
         failed now. Other processes may have started up to SKEW before this one.
         """
-        found, ours = {}, set(self.paths)
+        found, ours, failed = {}, set(self.paths), set(self.failed)
         for file in self.files:
-            record = read_record(self.folder(file))
+            record = read_record(self.folder(file)) or {"failed_at": math.inf}
             since = self.started - (0 if file in ours else SKEW)
-            gone = not record or record.get("failed_at", 0) >= since
-            if not gone and (self.args.resume or record["written"] >= since):
+            resumed = self.args.resume and str(file) not in failed
+            fails = record.get("failed_at", 0) >= since  # in another process, perhaps
+            if not fails and (resumed or record["written"] >= since):
                 found[file] = record
         return found
 
