@@ -126,7 +126,7 @@ class Source:
             raise InputError(f"{path}: the PSF leaves {left} or more")
         self.size = pictures.describe(*self.as_read.shape)
         self.eight_bits = picture.dtype == np.uint8 and picture.peak == 255
-        # Entries that leave_out was given; those of them that come back as_read.
+        # Entries that `leave_out` marked; `gaps` are those of them that come back as read.
         self.left_out = self.gaps = np.zeros(self.as_read.shape, bool)
         self.known = np.zeros_like(known)  # 1 or 0, (C, H, W) or (1, H, W), float32
         self.known[self.place] = self.unmasked = known[self.place]
