@@ -25,8 +25,7 @@ BLOCK_W, BLOCK_C = 64, 32
 # channels cuDNN takes up to half as long again.
 LARGE, ALIGN = 2**14, 64
 
-# One compilation serves all sizes. `// 4 * 4` tells the compiler that channels are multiples
-# of 4.
+# One compilation serves all sizes; `// 4 * 4` says that channels are multiples of 4.
 _jit = triton.jit(
     do_not_specialize=[
         *("height", "width", "up", "pool", "pixels", "weight", "numerator"),
