@@ -1,4 +1,4 @@
-"""Deblur images with Self2Self, each learnt from its own blurred pixels: y = k*x + n.
+"""Deblur images with Self2Self. Each is learnt from its own blurred pixels: y = k*x + n.
 
 The PSF k is known, or estimated from the picture. The convolution is circular, or includes
 pixels beyond the picture's edge, as in a camera.
@@ -33,8 +33,8 @@ from network.psf import (
 )
 from network.unknown import at_white, beside_lamps, find_unknown
 
-# The errors of a PSF act like noise of at least this sigma, where 255 is the picture's range.
-# With a smaller sigma the result rings. For a measured PSF, and for an estimated one.
+# The errors of a measured PSF, and of an estimated one, act like noise of at least this sigma,
+# where 255 is the picture's range. With a smaller sigma the result rings.
 MEASURED_ERROR, ESTIMATED_ERROR = 2.0, 2.8
 
 DEFAULTS = {
@@ -48,7 +48,7 @@ DEFAULTS = {
     "mask": None,
     "missing": 0.0,  # share, in [0, 1)
     # What blurred it
-    "kernel_size": None,  # pixels; 15, of an estimated one 31 at most
+    "kernel_size": None,  # pixels; Gaussian 15, estimated 31
     "kernel_sigma": None,  # pixels; 1.0
     "kernel": None,  # file, estimate
     "boundary": None,  # wrap, valid
@@ -79,7 +79,7 @@ DEFAULTS = {
 def choose_psf(args):
     """Return the PSF (h, w), and its name for the results folder.
 
-    A PSF to be estimated is for now a point in an array of the right size.
+    For a PSF to be estimated it is a point, in an array of the right size.
     """
     if args.kernel == "estimate":
         if not args.observed:
@@ -103,7 +103,7 @@ def choose_psf(args):
 
 
 def choose(args, y, source, clipped=None):
-    """Return this picture's recipe, and its noise: given, a camera's, or found."""
+    """Return this picture's recipe and its noise, which is given by the user or found."""
     error = ESTIMATED_ERROR if args.kernel == "estimate" else MEASURED_ERROR
     try:
         return recipes.choose(args, y, source, error, clipped)
@@ -112,7 +112,7 @@ def choose(args, y, source, clipped=None):
 
 
 def estimate(result, x, size):
-    """Estimate the PSF (size, size) of an observed picture x (C, H, W); print how sure it is.
+    """Estimate the PSF (size, size) of an observed picture x (C, H, W); print how reliable it is.
 
     With --resume an earlier estimate from the same picture is read instead.
     """
@@ -125,7 +125,7 @@ def estimate(result, x, size):
     if 2 * size > min(x.shape[1:]) or np.ptp(x) == 0:
         raise utils.InputError(
             f"{result.path}: flat, or not twice as large as a PSF of {size}x{size} "
-            "pixels; a smaller --kernel_size may be found"
+            "pixels; try a smaller --kernel_size"
         )
     psf = estimate_psf(x, size)
     print(f"{result.name}: {doubt(psf, estimate_psf(x, size, SECOND_SPARSE))}")

@@ -1,3 +1,3 @@
 #!/bin/sh
-# Deblur: the values stand in deblur.py, its DEFAULTS; a flag given here wins over them.
+# Deblur with the DEFAULTS of deblur.py; a flag given here overrides its value.
 exec python -u "$(dirname "$0")/deblur.py" "$@"

@@ -1,4 +1,4 @@
-"""Denoise images with Self2Self, each learnt from its own noisy pixels: y = x + n.
+"""Denoise images with Self2Self. Each is learnt from its own noisy pixels: y = x + n.
 
 Examples:
     python denoise.py photo.jpg --observed --output clean.jpg
@@ -54,7 +54,7 @@ DEFAULTS = {
 
 
 def choose(args, y, source):
-    """Return this picture's recipe, and its noise: given, a camera's, or found."""
+    """Return this picture's recipe and its noise, which is given by the user or found."""
     try:
         return recipes.choose(args, y, source)
     except ValueError as fault:

@@ -1,3 +1,3 @@
 #!/bin/sh
-# Denoise: the values stand in denoise.py, its DEFAULTS; a flag given here wins over them.
+# Denoise with the DEFAULTS of denoise.py; a flag given here overrides its value.
 exec python -u "$(dirname "$0")/denoise.py" "$@"

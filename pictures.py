@@ -33,7 +33,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**24  # bytes; a scanner's colour profile has m
 # --- pictures ------------------------------------------------------------------------
 
 SMALLEST_SIDE = 32  # pixels: the network halves a picture five times
-MAX_PIXELS = 2**25  # of a picture, or of its --crop
+MAX_PIXELS = 2**25  # pixels of a picture, or of its --crop
 MAX_DECODED = 2**28  # pixels of a file
 MAX_PSF_SIDE = 4096  # pixels; as --kernel_size
 MAX_PACKED = 2**14  # pixels per byte of a file; deflate packs 8256 of one bit
@@ -87,7 +87,7 @@ class Picture(NamedTuple):
             raise InputError(f"--output {path}: {fault}")
 
     def refuse_misfit(self, path, other, its_path, channels):
-        """Raise InputError unless another Picture has our size, and one channel or as many."""
+        """Raise InputError unless another Picture has this one's size, and its channels or one."""
         same_size = other.uncropped.split()[0] == self.uncropped.split()[0]
         if not same_size or channels not in {1, len(self.image)}:
             fault = f"{other.uncropped}, but {path} is {self.uncropped}"
@@ -208,7 +208,7 @@ def refuse_kind(pixels, jpeg):
 
 
 def refuse_size(path, height, width, crop):
-    """Raise InputError for more pixels than can be restored, or decoded to crop them."""
+    """Raise InputError for too many pixels to restore, or to decode for a crop."""
     size, used = height * width, min(height, crop or height) * min(width, crop or width)
     packed = MAX_PACKED * path.stat().st_size
     for pixels, most, fault in (
@@ -260,8 +260,7 @@ def read_mask(path, crop=0):
 def read_pixels(path, crop=0):
     """Read an image file's pixels (H, W, samples), in its type; any error may be raised.
 
-    Also return how many samples are colours, 1 or 3 (red, green, blue), and the metadata of
-    a Picture. A crop may be part of a larger file.
+    Also return how many samples are colours, 1 or 3, and the metadata of a Picture.
     """
     suffix = (stack_of(path) or path).suffix.lower()
     return (read_tiff if suffix in TIFF else read_plain)(path, crop)
@@ -454,7 +453,7 @@ def copy(path, target):
 
 
 def join_planes(path, stack, restored):
-    """Write the planes of a stack, restored to a file each, as a stack of its kind."""
+    """Join a stack's planes, restored to one file each, in a stack of the same kind."""
     files = iter(restored)
     with tifffile.TiffFile(stack) as tiff, atomic_file(path) as file:
         program = {"imagej": tiff.is_imagej, "ome": tiff.is_ome and not tiff.is_imagej}
@@ -530,9 +529,9 @@ def read_psf(path):
 def score(image, clean, ends=None):
     """Return the PSNR in dB and the SSIM (Wang et al. 2004) of an image.
 
-    The peak is 1, and the image is clipped to [0, 1]; if the clean image leaves [0, 1], the
-    peak is its range, or that of `ends`, black and white. Entries that are not finite in
-    the clean image do not count. Images (C, H, W).
+    The peak is 1, and the image is clipped to [0, 1]. If the clean image leaves [0, 1], the
+    peak is its range. `ends`, black and white, replaces that range. Entries that are not
+    finite in the clean image do not count. Images (C, H, W).
     """
     low, high = ends or black_and_white(clean)
     wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -552,8 +551,8 @@ def score(image, clean, ends=None):
 def score_moved(image, clean, shift):
     """Return the PSNR of an image (C, H, W) against the clean one, which is shifted first.
 
-    Interpolation would average the image's noise, so the clean one is shifted, by (down,
-    right) pixels. A border as wide as the shift does not count.
+    `shift` is (down, right) in pixels. We shift the clean one because interpolation would
+    average the image's noise. A border as wide as the shift does not count.
     """
     edge = math.ceil(np.abs(shift).max())
     inner = (slice(None), *(slice(edge, n - edge) for n in clean.shape[1:]))

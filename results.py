@@ -74,7 +74,7 @@ def curves(records):
 
 # --- the picture that was read -------------------------------------------------------
 
-MAX_JUDGED = 2**23  # entries; of a larger stack not every plane is searched for noise
+MAX_JUDGED = 2**23  # entries; in a larger stack only some planes are searched for noise
 
 
 class Stack:
@@ -94,8 +94,8 @@ class Source:
         path: the image file.
         args: the options' values.
         stack: the Stack that the picture is a plane of, or None.
-        margin: pixels (above, below), (left, right) that the forward operator sees beyond
-            the observation: added to an --observed picture, cut off another one.
+        margin: pixels (above, below), (left, right) that the forward operator uses
+            beyond the observation: added to an --observed picture, else cut off.
     Raises InputError or OSError for a file that cannot be used.
     """
 
@@ -126,7 +126,7 @@ class Source:
             raise InputError(f"{path}: the PSF leaves {left} or more")
         self.size = pictures.describe(*self.as_read.shape)
         self.eight_bits = picture.dtype == np.uint8 and picture.peak == 255
-        # Entries that leave_out was given; those of them that come back as_read.
+        # Entries that `leave_out` marked; `gaps` are those of them that come back as read.
         self.left_out = self.gaps = np.zeros(self.as_read.shape, bool)
         self.known = np.zeros_like(known)  # 1 or 0, (C, H, W) or (1, H, W), float32
         self.known[self.place] = self.unmasked = known[self.place]
@@ -135,7 +135,7 @@ class Source:
     def _read_known(self):
         """Return which entries --mask or --missing leave known, without the margin."""
         args, known = self.args, np.ones((1, *self.picture.image.shape[1:]), np.float32)
-        if args.missing:  # the noise has the same seed, and must have other draws
+        if args.missing:  # the noise has the same seed, but needs other draws
             draws = np.random.default_rng((args.seed, 1)).random(known.shape)
             known[draws < args.missing] = 0
         if args.mask:
@@ -154,13 +154,12 @@ class Source:
     def whole_stack(self):
         """Return the stack's planes, one below the other, and where they are not masked.
 
-        The planes are (C, n h, w), NaN where nothing was measured. The other array is (C, n h, w)
-        or (1, n h, w), bool.
+        (C, n h, w), NaN where nothing was measured; and (C, n h, w) or (1, n h, w), bool.
         """
         every = math.ceil(len(self.stack.planes) * self.as_read.size / MAX_JUDGED)
         planes = self.stack.planes[::every]
         planes = pictures.read_planes(planes, self.args.crop, self.picture)
-        planes = planes or [self.picture.measured()]  # this one alone has its shape
+        planes = planes or [self.picture.measured()]  # none has this one's shape
         height = planes[0].shape[1]
         unmasked = np.tile(self.unmasked[:, :height] > 0, (1, len(planes), 1))
         return np.concatenate(planes, 1), unmasked
@@ -189,7 +188,7 @@ class Source:
             counts = {"not measured (they come back as they are)": gaps.sum()}
             counts["far off all their neighbours (they are predicted)"] = outliers.sum()
             why = ", ".join(f"{n} {why}" for why, n in counts.items() if n)
-            tqdm.write(f"{self.path}: of {gaps.size} entries are unknown: {why}")
+            tqdm.write(f"{self.path}: unknown entries (of {gaps.size}): {why}")
         return self.known
 
 
@@ -197,7 +196,7 @@ class Source:
 
 COLUMNS = ("step", "loss", "psnr", "ssim", "ensemble_psnr")
 COLUMNS += ("moved_psnr", "down", "right", "seconds")  # at the shift that fits best
-FEW = 3  # rounding to whole numbers changes a smaller mean
+FEW = 3  # rounding to whole numbers harms a picture with a smaller mean
 
 
 def row_text(row):
@@ -232,7 +231,7 @@ class Result:
         self.begun = False  # whether the folder is this run's
         self.record = {"name": self.name, "columns": COLUMNS, "rows": []}
         self.record |= {"losses": [], "notes": [], "finished": False, "failed": None}
-        self.saved, self.saved_step = {}, None  # to go on from; of the last checkpoint
+        self.saved, self.saved_step = {}, None  # for --resume; last saved step
         self.saved_at = time.perf_counter()
         self.forecast = None  # a network.forecast.Forecast
         self.started = None  # time.perf_counter() less the seconds of earlier runs
@@ -246,7 +245,7 @@ class Result:
         return self.source
 
     def begin(self, learner, y, noise, psf=None):
-        """Make the folder ready, and write the observation and what it was made of.
+        """Prepare the folder, and write the record, the observation and the PSF.
 
         Earlier results of the same picture and settings are replaced, others set aside.
         A checkpoint to resume from is read, and checked, before anything is touched.
@@ -269,7 +268,7 @@ class Result:
         if not self.saved:
             earlier = read_record(self.folder) or {}
             if earlier.get("made_from") != self.record["made_from"]:
-                utils.set_aside(self.folder)  # else this run makes the same again
+                utils.set_aside(self.folder)  # equal ones are overwritten
                 if source.stack:
                     utils.set_aside(self.run.folder(utils.stack_of(self.path)))
         self.begun = True
@@ -301,7 +300,7 @@ class Result:
             heading += ": it comes back as it is"
         tqdm.write(heading)
         recipe = asdict(self.learner.recipe) | {"kind of noise": noise.kind}
-        del recipe["scale"], recipe["noise"]  # which the observation decides
+        del recipe["scale"], recipe["noise"]  # the observation decides them
         sums = {"image or noise": utils.digest(self.observation)}
         sums["reference"] = utils.digest(clean)
         sums["device"] = self.args.device.type
@@ -400,7 +399,7 @@ class Result:
         title = f"standard deviation of the predictions, 0 to {deviation.max():.3g}"
         panel = {title: deviation[None]}
         self._write("uncertainty.png", comparison(panel, (0, deviation.max())))
-        # Most pictures of 16 bits would be all dark.
+        # From 0 to 1 most pictures of 16 bits would be all dark.
         ends = (0, 1) if source.eight_bits else np.nanquantile(image, (0.001, 0.999))
         self._write("comparison.png", comparison(panels, ends))
         self._write_record()
@@ -440,7 +439,7 @@ class Result:
         with utils.atomic_file(self.folder / "checkpoint.pt") as file:
             try:
                 torch.save(state, file)
-            except RuntimeError:  # PyTorch's says "unexpected pos"
+            except RuntimeError:  # PyTorch's message is "unexpected pos"
                 raise OSError(None, "cannot be written; is the disk full?") from None
         self.saved_step, self.saved_at = self.learner.step, time.perf_counter()
 
@@ -610,15 +609,15 @@ class Run:
     def finish(self):
         """Write and print the totals; return the exit status.
 
-        It is 0 or, if images failed, 1, or 2 if no training had begun. It is 0 for each
-        of several processes: torchrun would end the others if one had failed.
+        It is 0 if no image failed, else 1, or 2 if no training had begun. Each of several
+        processes returns 0, because torchrun would end the others if one failed.
         """
         if self.failed and len(self.files) > 1:
             count = f"{len(self.failed)} of {len(self.files)} images failed"
             utils.report(f"{count}: {', '.join(self.failed)}")
         try:
             table = self.write_logs()
-            # Others may have finished meanwhile. In text a NaN equals itself.
+            # Others may have finished meanwhile. As text a NaN equals itself.
             while self.world > 1 and str(self._read_records()) != str(self.records):
                 table = self.write_logs()
             for name, *cells in table:
@@ -660,7 +659,7 @@ class Run:
     def write_logs(self):
         """Write the log, its CSV, the curves and the summary; return the summary's rows.
 
-        Every process writes the logs of all processes' records.
+        Every process writes what all processes have recorded.
         """
         args = vars(self.args).items()
         lines = [f"{k}: {v}" for k, v in args if k not in ("resume", "given")]

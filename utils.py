@@ -174,7 +174,7 @@ def planes(path):
 
 
 def result_names(path):
-    """Return the names of a picture's folder (a plane's: its stack) and of the picture."""
+    """Return the names of a picture's folder and the picture; a plane's folder is its stack."""
     stack = stack_of(path)
     if stack:
         return "/".join(result_names(stack)), path.name
@@ -184,7 +184,7 @@ def result_names(path):
 
 
 def find_images(path):
-    """List the image files that --path names; a stack is listed by its planes.
+    """List the image files that --path names; a stack is listed plane by plane.
 
     Raises:
         InputError, OSError: there are none.
@@ -233,7 +233,7 @@ def number(kind, low, described, high=math.inf, include_low=True):
 
 
 def text(value):
-    """Check text, as an argparse type: not empty."""
+    """Return text, as an argparse type; it must not be empty."""
     if not value:
         raise argparse.ArgumentTypeError("it is empty")
     return value
@@ -249,18 +249,18 @@ SIDE = number(int, 1, "a whole number from 1 to 4096", 4097)
 PSF_SIGMA = number(float, 1e-3, "a number from 0.001")
 WIDTH = number(float, 0, "a share above 0, up to 1", math.nextafter(1, 2), False)
 
-OUTPUT = """copy the restored image to this file (of several images, to this folder); the
+OUTPUT = """copy the restored image to this file, or several images to this folder; the
 suffix is the format; a file is replaced only if --output wrote it and nobody changed it"""
 # The scripts' options: type or choices, and help. The scripts hold the default values; None
 # leaves the choice to the recipe or to the picture.
 OPTIONS = {
     "path": (text, "image file, folder, or name of an image of scikit-image"),
-    "crop": (NATURAL, "use the central square of so many pixels a side; 0: all"),
+    "crop": (NATURAL, "use the central square of this side, pixels; 0: all"),
     "sigma": (NOT_NEGATIVE, "add white noise of this standard deviation, 0-255 scale"),
     "observed": (bool, "restore the image as it is: add no noise and no blur"),
-    "noise_sigma": (NOT_NEGATIVE, "take an --observed image's noise as white, 0-255"),
+    "noise_sigma": (NOT_NEGATIVE, "sigma of an --observed image's white noise, 0-255"),
     "reference": (text, "score an --observed image's result against this clean one"),
-    "mask": (text, "fill in where this image is 0 or transparent"),
+    "mask": (text, "fill in the pixels where this image is 0 or transparent"),
     "missing": (RATE, "hide this share of the pixels at random, and fill them in"),
     "kernel": (
         text,
@@ -274,25 +274,25 @@ OPTIONS = {
     "boundary": (("wrap", "valid"), "take the blur as circular, or as a camera's"),
     "recipe": (("fast", "paper"), "train 500 steps, or 150,000 as published"),
     "drop_rate": (RATE, "drop this share: in the Bernoulli mask, and in the decoder"),
-    "iteration": (COUNT, "train so many steps"),
+    "iteration": (COUNT, "train for this number of steps"),
     "lr": (POSITIVE, "train at this learning rate"),
     "width": (WIDTH, "use this share of the paper's channels in the slowest layers"),
     "optimizer": (
         ("adam", "adamw", "muon"),
-        "train by it; adamw's weight decay is 0.01",
+        "train with this optimiser; adamw's weight decay is 0.01",
     ),
     "window": (NATURAL, "train on windows of this side, pixels; 0: the whole image"),
     "precision": (("auto", "float32", "bfloat16"), "hold feature maps in this type"),
-    "fuse": (("on", "off"), "add the details that the residual still holds"),
-    "bs": (COUNT, "train on so many Bernoulli samples a step"),
+    "fuse": (("on", "off"), "fuse the network's result with the observation"),
+    "bs": (COUNT, "train on this many Bernoulli samples a step"),
     "real_noise": (bool, "add Poisson noise at each step, against a camera's noise"),
-    "num_prediction": (COUNT, "average so many predictions; fewer of a large image"),
-    "seed": (SEED, "seed noise, weights, masks and dropout by it"),
+    "num_prediction": (COUNT, "average this many predictions; fewer in large images"),
+    "seed": (SEED, "seed the noise, weights, masks and dropout"),
     "device": (text, "compute on auto, cpu, cuda, cuda:N or mps"),
     "output": (text, OUTPUT),
     "resume": (bool, "continue an interrupted run from its checkpoint"),
-    "test_frequency": (COUNT, "restore the image every so many steps"),
-    "model_type": (text, "name the results folder by it"),
+    "test_frequency": (COUNT, "restore the image each time after this many steps"),
+    "model_type": (text, "put results into a folder of this name"),
     "log_path": (text, "write the log here; its CSV and curves lie beside it"),
 }
 # --help has a heading before these options.
@@ -300,7 +300,7 @@ HEADINGS = {"path": "picture", "kernel": "blur", "recipe": "method", "output": "
 # These options do not change the restored pixels.
 IRRELEVANT = ["path", "reference", "resume", "test_frequency", "device", "model_type"]
 IRRELEVANT += ["log_path", "output", "given"]
-# A results folder's name begins with these options, and ends with the edited others.
+# A results folder's name has these options first, then others that differ from DEFAULTS.
 NAMED = ["sigma", "observed", "mask", "recipe", "kernel_size", "kernel_sigma", "kernel"]
 
 
@@ -324,7 +324,7 @@ def parse_arguments(description, defaults, open_device, argv=None):
     how = {"description": described, "epilog": "Examples:" + examples}
     parser = argparse.ArgumentParser(**how, formatter_class=raw, allow_abbrev=False)
     parser.error = lambda text: parser.exit(2, f"{parser.prog}: error: {text}\n")
-    with suppress(AttributeError):  # a notebook's shows any file name
+    with suppress(AttributeError):  # a notebook's needs no change
         sys.stdout.reconfigure(errors=ANY_NAME)
     how = {"nargs": "?", "type": text, "default": argparse.SUPPRESS}
     parser.add_argument("picture", help="the same as --path", **how)
@@ -404,7 +404,7 @@ def named_settings(args, defaults, psf):
 
 # --- progress ------------------------------------------------------------------------
 
-EVERY, FIRST = 60, 5  # seconds between two lines or checkpoints; to the first line
+EVERY, FIRST = 60, 5  # seconds between two lines or checkpoints; before the first line
 
 
 class Progress:
@@ -415,7 +415,7 @@ class Progress:
 
     def __init__(self, name):
         self.name, self.bar, self.stopping, self.handlers = name, None, None, {}
-        self.started = self.due = 0.0  # when; when the next line is due
+        self.started = self.due = 0.0  # time of the start; of the next line
 
     def start(self):
         """Start the clock."""
@@ -423,9 +423,9 @@ class Progress:
         self.bar = tqdm(bar_format="{l_bar}{bar}| {elapsed}<{remaining}", **how)
         self.started = time.perf_counter()
         self.due = self.started + (FIRST if self.bar.disable else 0)
-        main = threading.current_thread() is threading.main_thread()  # others cannot
+        main = threading.current_thread() is threading.main_thread()  # sets handlers
         for number in (signal.SIGINT, signal.SIGTERM) if main else ():
-            # A shell that runs a command behind "&" has Ctrl-C ignored.
+            # A shell lets a command that it runs behind "&" ignore Ctrl-C.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self.handlers[number] = signal.signal(number, self._stop)
 

@@ -1,7 +1,7 @@
 """The Self2Self method: partial convolution, dropout network, the learner of one image, fusion.
 
-PyTorch takes seconds to import. What reads options, and is needed for --help, imports it
-inside the functions that compute.
+PyTorch takes seconds to import, and --help does not need it. So the modules that --help needs
+import it inside the functions that compute.
 """
 
 __all__ = ["Self2Self"]

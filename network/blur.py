@@ -83,5 +83,5 @@ def check_operator(forward_operator, y):
     if not torch.allclose(made, y, ROUNDING, ROUNDING, equal_nan=True):
         raise ValueError(
             "the forward operator changes a picture and has no `reach`; set it to the "
-            "number of pixels that it looks around an entry"
+            "distance in pixels at which entries still mix"
         )

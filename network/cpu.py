@@ -20,7 +20,7 @@ def keep_memory(max_tensor, max_kept):
     """Choose how much freed memory the process keeps, and return the rest to the system.
 
     The system maps and clears memory again at every request. A training step takes a
-    tenth longer if each tensor is returned when it is freed. Only glibc can be told.
+    tenth longer if each tensor is returned when it is freed. Only glibc has this setting.
 
     Args:
         max_tensor: bytes; a larger tensor is returned as soon as it is freed.

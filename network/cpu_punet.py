@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from network import convolution
 from network.punet import bent_sigmoid, double, halve
 
-# Of a padded axis, at each end: the place of a copy, and that of its original.
+# At each end of a padded axis: the place of a copy, and that of its original.
 EDGES = (0, 1), (-1, -2)
-# On a map of so few pixels bfloat16 saves less than it takes to convert and reorder weights.
+# Up to so many pixels bfloat16 saves less time than converting and reordering weights takes.
 SMALL_MAP = 64
-# On one of so few, one convolution of joined maps takes less time than two, and an addition.
+# Up to so many, one convolution of joined maps is faster than two and an addition.
 SMALL_JOINED = 256
 
 
@@ -68,7 +68,7 @@ def convolve_kept(layer, x, mask):
         kept = layer.count_kept(mask)
         updated = kept.clamp(0, 1)
         if x.device.type == "cpu" and updated.min() == 1:
-            updated = None  # elsewhere the question would wait for the device
+            updated = None  # on other devices this test would wait
             mask = None if kept.min() == full else mask
     if mask is None:
         scale = layer.numerator / full
@@ -142,7 +142,7 @@ class EdgedConvolution(torch.autograd.Function):
     with scale * weight: equals F.conv2d(F.pad(x * keep, (1, 1, 1, 1), mode="replicate") *
     mask, scale * weight) * ratio + bias, in the type of x.
 
-    One function takes the place of many small ones, most of a step's time on a small map.
+    One function replaces many small ones, which take most of a step's time on a small map.
     """
 
     @staticmethod
@@ -214,7 +214,7 @@ def pad_edges(x, keep):
 
 
 def fold_edges(grad, keep):
-    """Return the gradient of x from that of pad_edges, (N, C, H + 2, W + 2), and spoil it."""
+    """Return the gradient of x, given that of pad_edges, (N, C, H + 2, W + 2); overwrite it."""
     for axis, (edge, inner) in itertools.product((3, 2), EDGES):
         grad.select(axis, inner).add_(grad.select(axis, edge))
     grad = grad[..., 1:-1, 1:-1]
@@ -222,7 +222,7 @@ def fold_edges(grad, keep):
 
 
 def phase_weights(weight):
-    """Return the weights that do before nearest x2 upsampling what `weight` does after.
+    """Return the weights that do before nearest x2 upsampling what `weight` does after it.
 
     Args:
         weight: (K, C, 3, 3), for the upsampled map padded with its edges.
@@ -273,7 +273,7 @@ class AddUpsampled(torch.autograd.Function):
             dtype=grad.dtype,
             device=grad.device,
             memory_format=torch.channels_last,
-        ).zero_()  # each phase has rows and columns at the edge that it did not give
+        ).zero_()  # phases do not use every row and column at the edge
         for part, source in phases(grad, convolved):
             source.copy_(part)
         return grad, convolved

@@ -81,7 +81,7 @@ def largest_difference(network, path, device):
         for module in network.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        # Weak signals plus biases can be equal in float32; then rounding chooses maxima.
+        # Biases can make weak signals equal in float32; then rounding chooses the maxima.
         for layer in network.encoder:
             torch.nn.init.zeros_(layer.bias)
         sample, target = torch.rand(2, 1, channels, SAMPLE_SIDE, SAMPLE_SIDE)

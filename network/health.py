@@ -6,7 +6,7 @@ import torch
 
 CHECK_EVERY = 100  # steps between two checks
 EARLY = 1000  # up to this step a dead network starts over
-ATTEMPTS = 4  # a network starts over so many times at most
+ATTEMPTS = 4  # a network starts over at most this many times
 SETTLED = 0.95  # decay of the running mean of the loss: about 20 steps
 
 
@@ -45,7 +45,7 @@ class Health:
             self.slope.copy_((inner * (1 - inner)).mean())  # of the sigmoid
 
     def lives(self, step):
-        """Tell whether the network still learns at a step. Reads the device.
+        """Tell whether the network still learns at a step. Waits for the device.
 
         A network is dead if its loss is not finite. From step CHECK_EVERY on it is also
         dead in two other cases:

@@ -24,12 +24,12 @@ MAX_FILLED = 0.125  # share of a block's entries that may be filled
 GRID_PART = 512  # pixels, side of the part in which the grid is sought
 NOISE_PART = 1536  # pixels, side of the part in which the noise is measured
 # A JPEG has more small coefficients on its own grid than on any other. The share must be
-# larger by MIN_ZEROS, and in small pictures by CHANCE over the root of their number.
+# larger by MIN_ZEROS, in small pictures by CHANCE / sqrt(number of coefficients).
 MIN_ZEROS, CHANCE = 0.04, 2.0
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # weights of red, green, blue in a JPEG
 STEPS = np.arange(3, 256)  # smaller steps are lost in the rounding of pixels
 MIN_NONZERO = 1.5  # a smaller coefficient is a rounded zero
-# A step is found from so many nonzero coefficients, at least and about at most.
+# A step is found from at least MIN_COUNT, at most about MAX_COUNT nonzero coefficients.
 MIN_COUNT, MAX_COUNT = 4, 1000
 MIN_FULL = 0.05  # if more coefficients are nonzero and no step fits, the step is small
 MAX_OFF = 0.125  # median distance from a step's multiples over the step; 0.25 is chance
@@ -38,11 +38,9 @@ FLOOR = 1e-6  # likelihood of any coefficient, since texture may have made it
 FLAT_SHARES = 0.01, 0.02, 0.04, 0.08, 0.16, 0.32  # shares of the blocks, the flattest
 MIN_FLAT_BLOCKS = 12
 MAX_RISE = 1.05  # of the variance from one share to the next; more is texture
-MIN_DISTANCE = (
-    1.5  # of a block's mean from black and white, in sigmas; else noise is clipped
-)
-# Sigma is certain if MIN_NUMBER coefficients are not 0, and these are MIN_SHARE of all, or
-# sigma implies more than MIN_EXPECTED nonzero ones in the high frequencies.
+MIN_DISTANCE = 1.5  # sigmas from a block's mean to black and white, else noise clips
+# Sigma is certain if MIN_NUMBER coefficients are not 0 and either these are MIN_SHARE of all
+# or sigma implies more than MIN_EXPECTED nonzero ones in the high frequencies.
 MIN_NUMBER, MIN_SHARE, MIN_EXPECTED = 20, 0.08, 10
 
 
@@ -105,7 +103,7 @@ def measure_jpeg(y, known, grid):
     """Measure the noise of a JPEG.
 
     Args:
-        y: the picture, (C, H, W), in 255ths from 0 to 1.
+        y: the picture, (C, H, W), multiples of 1/255 from 0 to 1.
         known: where an entry is known, (C, H, W), bool.
         grid: row and column of the first whole block.
 

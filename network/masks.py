@@ -17,7 +17,7 @@ class BernoulliMasks:
 
     Args:
         device: where the masks are made.
-        entropy: non-negative integers that select the stream, such as (seed, step).
+        entropy: natural numbers that select the stream, such as (seed, step).
     """
 
     def __init__(self, device, *entropy):

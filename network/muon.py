@@ -44,7 +44,7 @@ def orthogonalise(matrices, length=1, together=False):
 
     Args:
         matrices: a list; their shapes may differ.
-        length: a number, or a tensor of one.
+        length: a number, or a tensor that holds one.
         together: whether all matrices share one batch, padded with zeros, which needs few
             CUDA kernels. Otherwise those of equal m share the iterations.
     """

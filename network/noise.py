@@ -25,7 +25,7 @@ from network.jpeg import (
     measure_jpeg,
 )
 
-MAX_BLOCKS, MIN_BLOCKS = 2**16, 60  # about so many are used; fewer are too few
+MAX_BLOCKS, MIN_BLOCKS = 2**16, 60  # used at most, about; needed at least
 HIGHEST = ORDER >= 9
 MIN_WHOLE = 1000  # blocks without filled entries; if fewer, others are used too
 MAX_CLIPPED = 0.05  # share of a block's entries
@@ -33,8 +33,8 @@ INTENSITY_BINS = 10  # with equally many blocks each
 FLAT_SHARES = 0.02, 0.04, 0.08, 0.16, 0.32  # shares of a bin's blocks, the flattest
 MIN_FLAT = 25  # blocks that are used in a bin, at least
 MAX_RISE = 1.05  # of the variance from one share to the next; more is texture
-# Only the smallest squared coefficients count, this share of all. Their mean for a Gaussian
-# of variance 1.
+# Share of the squared coefficients that count, the smallest ones; their mean for a Gaussian of
+# variance 1.
 TRIMMED, TRIMMED_MEAN = 0.95, 0.7588
 # A bin counts half if its variance is this share above or below that of the line.
 HALF_ABOVE, HALF_BELOW = 0.1, 0.3
@@ -71,14 +71,14 @@ class Noise(NamedTuple):
     # Whether the picture was a JPEG. Sigma is that before compression.
     jpeg: bool = False
     # Standard deviation of the middle frequencies in the flattest blocks, in the picture's
-    # units. It tells how strong shared noise is: of all frequencies with much of it, these
+    # units. It measures shared noise: among the frequencies that hold much of it, these
     # have the least texture.
     strength: float = 0.0
 
     def is_white(self):
-        """Tell whether a filter for white noise can be told its sigma.
+        """Tell whether the sigma is known that a filter for white noise needs.
 
-        Noise that texture hides counts, too: its sigma is measured where there is the least
+        Sigma is known for noise that texture hides, too: it is measured where there is the least
         texture, so a filter removes little of the picture.
         """
         return bool(self.lines)
@@ -100,7 +100,7 @@ class Noise(NamedTuple):
         return 255 * math.sqrt(sum(variances) / len(variances))
 
     def describe(self, peak=255):
-        """Describe the noise to a user, in units of which the picture's 1 has `peak`."""
+        """Describe the noise to a user, in units in which the picture's 1 is `peak`."""
 
         def shown(x):
             return f"{float(f'{x * peak:.3g}'):g}"  # 1280, not 1.28e+03
@@ -127,7 +127,7 @@ class Evidence(NamedTuple):
 
     lines: tuple  # (gain, offset) of every channel: see Noise
     ends: tuple  # dark and bright intensity: see Noise
-    is_small: bool  # whether there is hardly any noise, even with the texture
+    is_small: bool  # whether there is hardly any noise, even if texture counts as noise
     ratio: float  # energy of the middle frequencies over that of the highest
     highest: float  # energy of the highest frequencies over that of the lines
     strength: float  # see Noise
@@ -270,7 +270,7 @@ def _name_compressed(found, span, channels):
         return even("white", found.sigma)
     if found.ratio > MIN_JPEG_RATIO or found.sharpness < MIN_SHARPNESS:
         return Noise("compressed", jpeg=True)
-    # Fine detail is at stake, so only what is certainly noise is removed.
+    # To spare fine detail, we remove only what is certainly noise.
     return even("compressed", max(found.least, MIN_SIGMA * span))
 
 
@@ -370,15 +370,15 @@ def _measure_bin(levels, energy, flatness):
 def _fit_line(level, variance, weight):
     """Fit one line robustly to the points (C, INTENSITY_BINS) of all channels.
 
-    Returns each channel's (gain, offset): a channel with stronger noise has the line times
-    a number.
+    Returns each channel's (gain, offset). For a channel with stronger noise the line is
+    multiplied by a number.
     """
     strength, trust = np.ones((len(level), 1)), np.ones(level.shape)
     line = expected = np.full(level.shape, np.median(variance))
     # A strict start would let few bins decide.
     for looseness in (20, 10, 7, 5, 3, 2, 1, 1, 1):
         # The errors are about proportional to the variance. The weight is its inverse, not
-        # the inverse square, since the noise of dark bins comes mostly from reading.
+        # the inverse square, since dark bins have mostly read noise.
         root = trust * weight / np.sqrt(expected)
         columns = np.stack((level * root, root), -1) * strength[..., None]
         gain, offset = np.linalg.lstsq(

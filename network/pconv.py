@@ -42,7 +42,7 @@ class PConv2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias
         )
-        # Flat: in the order channels_last the convolution of a mask takes ten times as long.
+        # Flat, since a channels_last window makes a mask's convolution ten times as slow.
         window = torch.ones(math.prod(self.kernel_size))
         self.register_buffer("window", window, persistent=False)
         self.numerator = window.numel() * (in_channels if ratio == "entries" else 1)

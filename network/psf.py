@@ -7,8 +7,8 @@ Two steps alternate, from the coarsest scale to the finest:
 2. Estimate the PSF that turns the gradients of the latent picture into those of the blurred
    one (Cho, Lee 2009).
 
-Scales at which blur and noise have left no detail are skipped. The last scale is done twice;
-the second time less of the PSF is cut away, which keeps its thin tails.
+Scales at which blur and noise have left no detail are skipped. The last scale is repeated, and
+then less of the PSF is cut away, which keeps its thin tails.
 """
 
 import math
@@ -25,10 +25,10 @@ from network.scale import find_scale
 FLAT, LOW = 1.3, 0.2
 MAX_MATCHED = 1024  # side of the central part that finds a shift, pixels
 PATCH_SIDE = 512  # pixels; the PSF is estimated from the part with the strongest edges
-# Weight of the number of gradients: at first, divisor after each alternation, at least.
+# Weight of the number of gradients: its start, its divisor after each alternation, its least.
 SPARSE, SPARSE_DIVISOR, MIN_SPARSE = 0.032, 1.1, 1e-4
-# `doubt` compares two estimates: the weight of the second; with less correlation the PSF is
-# uncertain.
+# `doubt` compares two estimates. The second one's weight; and the correlation below which the
+# PSF is uncertain.
 SECOND_SPARSE, MIN_CORRELATION = 0.012, 0.7
 # Alternations, and what _normalise cuts: at every scale; when the last one is repeated, from
 # the weight SPARSE / FINE_DIVISOR on.
@@ -115,7 +115,7 @@ def doubt(psf, second):
 
 
 def off_centre(psf):
-    """Return a line that says how far a PSF (h, w) moves the picture; "" up to a pixel."""
+    """Return a line that says how far a PSF (h, w) moves the picture; "" if by 1 pixel or less."""
     down, right = (
         (psf.sum(1 - axis) * np.arange(size)).sum() - size // 2
         for axis, size in enumerate(psf.shape)
@@ -143,7 +143,7 @@ def without_offset(psf):
 
 
 def find_shift(image, clean):
-    """Return how far an image lies (down, right) of the clean one, in pixels; None: nowhere near.
+    """Return how far an image lies (down, right) of the clean one, in pixels; None: not found.
 
     An estimated PSF, or one whose mass lies off its centre, moves the result, and the
     result's plain PSNR means little. The shift, to 1/20 of a pixel, maximises the
@@ -179,7 +179,7 @@ def _sharpest_part(gray):
 
 
 def point(side):
-    """Return the PSF without a blur, (side, side)."""
+    """Return the PSF that blurs nothing, (side, side)."""
     psf = np.zeros((side, side))
     psf[side // 2, side // 2] = 1
     return psf

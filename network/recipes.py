@@ -15,8 +15,8 @@ from network.unknown import at_white, find_unknown
 
 UNKNOWN_SIGMA = 25  # stands in for a sigma that is not known
 MAX_SIGMA = 100 * 255  # 100 times the picture's range
-# Shared noise is strong if noise.Noise.strength is so much, where 255 is 1 in the photons'
-# units. If it is stronger, fewer photons are counted: at least this share.
+# Shared noise is strong above this noise.Noise.strength, where 255 is 1 in the photons' units.
+# Then fewer photons are counted, but at least this share of the recipe's.
 STRONG_SIGMA, MIN_PHOTON_SHARE = 3.5, 0.25
 
 
@@ -147,7 +147,7 @@ def adapt(
 
     A picture with noise is fused; white noise that grows with the signal is made even
     first. Against noise that neighbours share, each step adds fresh Poisson noise. `paper`
-    does neither.
+    does none of this by itself.
 
     Args:
         name: a key of RECIPES.
@@ -169,7 +169,7 @@ def adapt(
     recipe, (y, known) = RECIPES[name], check_observation(y, known)
     given = {k: v for k, v in (given or {}).items() if v is not None}
     noise = noise or find_noise(y, known)
-    holes = not blurred and not known.all()  # under a blur it may be the margin
+    holes = not blurred and not known.all()  # under a blur the margin is unknown
     values = _units(recipe, y, known, noise, eight_bits, blurred)
     if not blurred and values["noise"] is not None:
         # Next to no noise counts as none, so that fill_holes keeps the known entries.
@@ -279,7 +279,7 @@ def choose(args, y, source, psf_error=None, clipped=None):
         source: has y's `known` entries, the `place` without margin, `eight_bits`, and the
             `stack` that y is a plane of, or None: its noise is found once for all planes.
         psf_error: under a blur the sigma of noise that acts like the PSF's errors, where 255
-            is the picture's range. Lower noise that was found is raised to it for the recipe.
+            is the picture's range. The recipe uses it if lower noise was found.
         clipped: see Self2Self; noise is not looked for there.
 
     Raises:
@@ -307,7 +307,7 @@ def choose(args, y, source, psf_error=None, clipped=None):
         fault = f"its noise is {found.describe()}; --fuse on needs a --noise_sigma"
         raise ValueError(fault)
     if (recipe.noise or 0) > MAX_SIGMA:
-        raise ValueError("noise 100 times the picture's range")
+        raise ValueError("noise over 100 times the picture's range; lower sigma")
     return recipe, found
 
 

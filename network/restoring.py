@@ -1,4 +1,4 @@
-"""From what a learner has learnt to the restored picture: predict, average and fuse.
+"""Make the restored picture from what a learner has learnt: predict, average and fuse.
 
 The functions read a learner, a self2self.Self2Self, and change nothing in it.
 """
@@ -28,7 +28,7 @@ def ensemble_size(learner, num_prediction):
     """Return how many predictions are averaged: fewer for a large picture.
 
     If training uses windows, the ensemble has so few predictions that it takes no longer
-    than that of 512x512 pixels, but 10 at least: those that training made are many.
+    than that of 512x512 pixels, but 10 at least. Training has made many more.
     """
     if learner.window.is_whole:
         return num_prediction

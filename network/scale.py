@@ -111,8 +111,8 @@ def destabilise(mean, lines):
 def find_scale(y, known, blurred=False, lines=()):
     """Find the range that a picture fills, despite noise and outliers.
 
-    The ends of the range are those of block means, which have little noise. a*y + b has
-    the same learner's units as y, except for rounding.
+    The ends of the range are those of block means, which have little noise. y and a*y + b
+    become the same in the learner's units, except for rounding.
 
     Args:
         y: observation, (C, H, W), sides of BLOCK_SIDE or more, in any units.
@@ -143,7 +143,7 @@ def _range(y, known, margin):
     low, high = extremes(entries)
     counts = _block_sums(known)
     sums = _block_sums(np.where(known, np.clip(y, low, high), 0))
-    whole = counts > 0  # none, if a mask has only what lies beyond the last whole block
+    whole = counts > 0  # none if all known entries lie beyond the last whole block
     low, high = extremes(sums[whole] / counts[whole] if whole.any() else entries)
     span = max((high - low) * (1 + 2 * margin), (most - least) / MAX_SPREAD)
     # A flat picture has the span 0. Any positive number replaces it.

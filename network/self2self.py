@@ -97,7 +97,7 @@ class Self2Self:
         if clipped is not None:
             self.clipped = torch.as_tensor(clipped, device=self.device)[None]
         scale = recipe.scale if recipe.absolute else UNIT
-        # Photons are counted from `black` on, in units `unit` times smaller than ours.
+        # Photons are counted from `black` on; 1 in the learner's units is `unit` in the photons'.
         self.black, self.unit = -scale.offset / scale.span, scale.span
         check_operator(forward_operator, self.y)
         self.make_network, self.loss = network or self._punet, loss
@@ -240,17 +240,17 @@ class Self2Self:
         return black + (y - black).sign() * counts / n
 
     def weight_of(self, step):
-        """Return the weight in the ensemble of the predictions that a step makes."""
+        """Return the weight that the predictions of a step have in the ensemble."""
         return (step / self.recipe.iteration) ** self.recipe.averaging_power
 
     def read_losses(self):
-        """Return the losses of steps LOSS_EVERY, 2 LOSS_EVERY, ... so far. Reads the device."""
+        """Return the losses of steps LOSS_EVERY, 2 LOSS_EVERY, ... Waits for the device."""
         new = self.step // self.LOSS_EVERY - len(self.losses)
         self.losses += self.recent[:new].tolist() if new else []
         return self.losses
 
     def mean_loss(self):
-        """Return the mean loss of the steps since `reset_mean_loss`. Reads the device."""
+        """Return the mean loss of the steps since `reset_mean_loss`. Waits for the device."""
         return self.loss_sum.item() / max(1, self.loss_steps)
 
     def reset_mean_loss(self):
@@ -259,7 +259,7 @@ class Self2Self:
         self.loss_steps = 0
 
     def alive(self):
-        """Tell whether the network learns: see health.Health. Reads the device."""
+        """Tell whether the network learns: see health.Health. Waits for the device."""
         return self.health.lives(self.step)
 
     def _start_over_or_give_up(self):

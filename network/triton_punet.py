@@ -21,12 +21,11 @@ from network.pconv import PConv2d
 from network.punet import bent_sigmoid
 
 BLOCK_W, BLOCK_C = 64, 32
-# Maps with LARGE pixels or more get zero channels up to a multiple of ALIGN. cuDNN takes up to
-# half as long again for 48, 97, 144 ... channels.
+# Maps of LARGE pixels or more get zero channels up to a multiple of ALIGN. With 48, 97, 144 ...
+# channels cuDNN takes up to half as long again.
 LARGE, ALIGN = 2**14, 64
 
-# One compilation serves all sizes. `// 4 * 4` tells the compiler that channels are multiples
-# of 4.
+# One compilation serves all sizes; `// 4 * 4` says that channels are multiples of 4.
 _jit = triton.jit(
     do_not_specialize=[
         *("height", "width", "up", "pool", "pixels", "weight", "numerator"),
@@ -282,7 +281,7 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Return the gradients; grad is (N, K, H, W). The weight's is made on a second stream."""
+        """Return the gradients; grad is (N, K, H, W). A second stream computes the weight's."""
         x, bias, ratio, keep, padded, weight = ctx.saved_tensors
         grad_x = grad_bias = grad_skip = sums = None
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -394,7 +393,7 @@ def forward(network, x, mask, draw):
             if rate:
                 first = 0 if skip is None or network.drop_upsampled else x.shape[1]
                 keep = draw((n, conv.in_channels - first, *size), rate).bool()
-                if first:  # the upsampled map is kept whole
+                if first:  # no entry of the upsampled map is dropped
                     keep = F.pad(keep, (0, 0, 0, 0, first, 0), value=True)
                     whole, rest = weight[:, :first], weight[:, first:]
                     weight = torch.cat((whole * (1 - rate), rest), 1)

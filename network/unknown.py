@@ -15,9 +15,9 @@ MIN_SHARED, MIN_GAP, MIN_GAP_BELOW, TAIL = 4, 12, 2, 0.001
 # quantile of all entries. If hardly any entry is an extreme, ENOUGH of the range is enough.
 OVER_SPAN, OVER_MEDIAN, MEDIAN_EXCESS, ENOUGH = 3, 16, 0.89, 0.5
 MIN_FREE = 0.05  # share of entries without clipped neighbours that tell the usual span
-# The largest value is salt (the least pepper) if outliers are IMPULSE_SHARE of its entries
-# with up to MAX_CROWD such neighbours, and MIN_IMPULSES at least. Then all of these entries
-# are, unless they fit a median of MEDIAN_SIDE x MEDIAN_SIDE pixels as MAX_SAMPLE others do.
+# Entries of the largest value with up to MAX_CROWD equal neighbours may be salt. They are if
+# MIN_IMPULSES of them, and a share of IMPULSE_SHARE, are outliers. Those as close to a median
+# of MEDIAN_SIDE x MEDIAN_SIDE pixels as MAX_SAMPLE others are not. Pepper has the least value.
 IMPULSE_SHARE, MIN_IMPULSES, MAX_CROWD, MEDIAN_SIDE, MAX_SAMPLE = 0.03, 8, 3, 5, 2**16
 NEIGHBOURS = np.arange(9).reshape(3, 3) != 4
 LAMP = 0.75  # of the range; a darker neighbour of a clipped entry is beside a lamp
@@ -95,7 +95,7 @@ def _impulses(plane, use, found, end):
     every, some = math.ceil(math.sqrt(plane.size / MAX_SAMPLE)), np.zeros_like(use)
     some[::every, ::every] = (use & ~at_end)[::every, ::every]
     either = suspects | some
-    with warnings.catch_warnings(action="ignore"):  # no pixel of a median may be known
+    with warnings.catch_warnings(action="ignore"):  # a median may lack known pixels
         off = np.abs(plane[either] - np.nanmedian(near[either], (1, 2)))
         suspects[either] &= ~(off <= 3 * (1.4826 * np.nanmedian(off[some[either]])))
     return suspects

@@ -20,7 +20,7 @@ class Window:
         whole: height and width of the picture.
         side: side of the window in pixels, rounded up to a multiple of 32. 0: the whole
             picture.
-        reach: pixels that the forward operator looks around an entry.
+        reach: distance in pixels at which the forward operator still mixes entries.
         device: device of the window's tensors.
     """
 

@@ -8,7 +8,7 @@ from network.fusing.similar import filter_groups
 
 ROUNDS = 8
 DECAY = 0.64  # factor of the guess's assumed squared error from one round to the next
-OVERSHOOT = 1.8  # the guess moves so many times as far as the filter moves it
+OVERSHOOT = 1.8  # the guess moves this many times as far as the filter moves it
 GUESS_SHARE = 0.3  # of the guess in the pilot; the rest is the last filter's result
 
 

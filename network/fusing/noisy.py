@@ -21,10 +21,10 @@ MIN_POWER = 1e-4
 MIN_UNBLURRED = 0.999  # power that every frequency keeps if nothing is blurred
 # With less noise (0-255 scale) no second pass follows, and under a blur no plug and play.
 MIN_PASS_SIGMA, MIN_PLUG_SIGMA = 0.5, 0.1
-# Energy of the residual's quietest quarter, as a share of the noise's: with less, the PSF is
+# Energy of the residual's quietest quarter over that of the noise. Below this share the PSF is
 # not exact.
 MAX_QUIET = 0.5
-ENERGY_SIDE = 25  # pixels; the residual's energy in such a window tells the error of f
+ENERGY_SIDE = 25  # pixels; the residual's energy in such a window shows the error of f
 
 # Measured on crops of House, Peppers and kodim01, sigma 10 to 50. e is the ensemble's
 # squared error, s^2 the noise's variance and q = s^2 / e.
@@ -74,7 +74,7 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     It is averaged with `second.second_estimate`, which uses y alone and so errs
     differently. Where this risks more than f errs, f is kept: see `keep_safer`. Under a
     blur `plug.refine` follows instead. There the second estimate is one of A(x): half of
-    what it differs by is inverted and added.
+    its difference from the result is inverted and added.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
@@ -117,7 +117,7 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
         noise = max((sigma / 255) ** 2, noise)
     divisor = bound_power(power, noise / error)
     ratio = noise * (1 / divisor).mean((1, 2), keepdim=True) / error
-    # From 1 to 2: even if the variance is tiny, chance does not double the noise's energy.
+    # From 1 to 2: chance alone never doubles the energy of noise.
     caution = 1 + (CAUTION * ratio**2).clamp(max=1)
     residual = wiener(residual, caution * noise)
     pilot = f + convolve(residual, transfer.conj() / divisor)
@@ -134,7 +134,7 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
             inverse = transfer.conj() / (power + DAMPING * noise / error)
             pilot += SECOND_SHARE * convolve(rest, inverse)
             if quiet < MAX_QUIET * noise:
-                # The rest of what is called noise is the PSF's error, which rounds repeat.
+                # The rest of `noise` is the PSF's error, which the rounds of `refine` repeat.
                 pilot = (start + pilot) / 2
     elif noise > (MIN_PASS_SIGMA / 255) ** 2:
         expected *= 1 - REMOVED * (1 - left)

@@ -17,26 +17,26 @@ BOOST_DIVISOR, MAX_BOOST = 0.9, 3.0  # see refine
 ERROR_FACTOR = 0.44
 FITTED, RINGS = (0.02, 0.25), 24  # cycles per pixel; see wiener_error
 NEAR = 6.0  # pixels; see wiener_error
-MAX_MOVE = 3.0  # mean squared move from the start, over the error; more loses detail
+MAX_MOVE = 3.0  # mean squared move from start, over the error; above it detail is lost
 MIN_RATIO = 1e-6  # noise over error, at least; float32 cannot divide by less power
 
 
 def refine(start, error, observation, known, noise, transfer):
     """Refine a deblurred picture by half-quadratic splitting.
 
-    A filter replaces the prior (Venkatakrishnan et al., GlobalSIP 2013), and e falls from
-    round to round (Zhang et al., TPAMI 2021). Each round moves the estimate z on with
-    momentum, and then computes
+    A filter replaces the prior (Venkatakrishnan et al., GlobalSIP 2013), and z's assumed
+    squared error e falls from round to round (Zhang et al., TPAMI 2021). Each round moves
+    the estimate z on with momentum, and then computes
 
         x = argmin |A x - y|^2 / s^2 + |x - z|^2 / e
         z = x filtered by similar patches, with z as the pilot
 
-    H is the transfer function of A. In a frequency x has the expected squared error
-    s^2 / (|H|^2 + s^2 / e); the filter takes it as the spectrum of x's noise. A z stands
-    in for unknown entries of y.
+    H is the transfer function of A. At a frequency x has the expected squared error
+    s^2 / (|H|^2 + s^2 / e); the filter takes it as the spectrum of x's noise. A z replaces
+    unknown entries of y.
 
-    x keeps a share of z's error in every frequency. Its mean in the first round is called
-    left. The more is left, the more detail the pilot lacks. So the filter's boost is
+    x keeps a share of z's error at every frequency. `left` is the mean share in the first
+    round. The larger it is, the more detail the pilot lacks. So the filter's boost is
     1 / (BOOST_DIVISOR sqrt(1 - left)), from 1 to MAX_BOOST, and the last round's deviation
     is left^2, at least MIN_LAST_DEVIATION.
 
@@ -81,9 +81,9 @@ def refine(start, error, observation, known, noise, transfer):
 def wiener_error(image, power, noise):
     """Return the mean squared error of Wiener's filter for such a picture, (C, 1, 1).
 
-    The filter is told the picture's spectrum as a power law of frequency. It is fitted to
+    The filter gets the picture's spectrum as a power law of frequency. The law is fitted to
     the mean energies of RINGS rings, between the frequencies FITTED. A frequency that the
-    blur has removed can be told from its neighbours, so the blur's power is averaged over
+    blur has removed can be inferred from its neighbours, so the blur's power is averaged over
     them, by a Gaussian of 1 / (2 pi NEAR) cycles per pixel.
 
     Args:

@@ -13,7 +13,7 @@ ROUNDS = 4  # of filtering after the first step; a large picture has fewer
 FULL_ROUNDS = 2**18  # pixels up to which it has all; more would outlast the training
 GIVEN_BACK = 0.75  # bounds the share of the residual y - x that a later round gets back
 DOUBT = 0.1  # variance of x's error over the noise's
-NOISIER = 0.5  # a in `first_step`; above 0 it follows chance less than Stein's estimate
+NOISIER = 0.5  # a in `first_step`; above 0 the step follows chance less than with a = 0
 
 
 def second_estimate(y, noise, rounds=None):
@@ -28,8 +28,8 @@ def second_estimate(y, noise, rounds=None):
 
     z has the share t of y's noise. It also has some of x's error, which counts as noise.
     The filters are those of `similar.two_filters`. They learn their coefficients from x,
-    in groups found in x. LIChI takes the last round's output for z. To add the residual in
-    every round is better by 0.05 dB, once the result is averaged with the network's.
+    in groups found in x. LIChI takes the last round's output for z. Adding y - x in every
+    round is better by 0.05 dB, once the result is averaged with the network's.
 
     Args:
         y: observation by plane (see noisy.opponent), (C, H, W), sides of 32 or more.

@@ -10,11 +10,11 @@ from network.fusing.noisy import keep_safer, opponent
 from network.fusing.similar import filter_groups
 from network.jpeg import LOW, ORDER, blocks_of
 
-MAX_BLOCKS = 2**16  # about so many are used
+MAX_BLOCKS = 2**16  # at most about this many are used
 LOWEST = (ORDER >= 1) & (ORDER <= 2)  # waves of 8 to 16 pixels
 FLAT_SHARE = 0.05  # of the blocks, the flattest
 DETAIL_SHARE = 0.4  # of the filtered y in the fused luminance, at least
-# Energy of y - f over that of the noise where f is flat; beyond it f has lost detail.
+# Energy of y - f over that of y where f is flat. Above it f has lost detail.
 MAX_GROWTH = 4
 MIN_VARIANCE = 1e-7  # in the learner's units; filters need some noise
 
@@ -22,10 +22,10 @@ MIN_VARIANCE = 1e-7  # in the learner's units; filters need some noise
 def fuse_shared(ensemble, variance, observation, known):
     """Fuse the ensemble's mean f with an observation y with shared noise.
 
-    A filter for white noise averages away little of what neighbours share, so it is told
+    A filter for white noise averages away little of what neighbours share, so it gets
     the noise's variance at low frequencies. It filters f, which has kept some noise, and
     the luminance of y, which shows detail that f has lost. `keep_safer` judges the latter;
-    the more f has lost, the more of it is taken. The colours are those of f: y's are noisy.
+    the more f has lost, the more of y is taken. The colours are those of f: y's are noisy.
 
     Args:
         ensemble, variance, observation, known: see noisy.fuse_noisy.
@@ -53,8 +53,8 @@ def fuse_shared(ensemble, variance, observation, known):
 def shared_variance(f, y):
     """Return the variance of y's noise at low frequencies, by plane, (C, 1, 1).
 
-    It is that in y - f, which lacks the noise that f has kept, or that in y where f is
-    flattest: the larger one. Also return the first luminance's energy over the second's.
+    It is measured in y - f, which lacks the noise that f has kept, and in y where f is
+    flattest; the larger one counts. Also return the first luminance's energy over the second's.
     """
     step = max(2, math.ceil(math.sqrt(f[0].numel() / MAX_BLOCKS)))
     blocks = (blocks_of(x.cpu().numpy(), step) for x in (f, y, y - f))

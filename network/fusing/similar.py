@@ -10,7 +10,7 @@ SEARCH_REACH = 18  # pixels around a tile in which similar patches are searched
 TILE = 16  # pixels a side; the reference patches of a tile have the same candidates
 MAX_TILES = 64  # filtered at a time, to save memory
 ROUNDING = 3e-6  # share of a group's energy that float32 may lose
-DETAIL_FACTOR = 8  # a group is half detail if so many times its energy is the noise's
+DETAIL_FACTOR = 8  # a group whose energy times this equals the noise's is half detail
 
 # Smallest sigma (0-255 scale) -> side of a patch in pixels; patches in a group; boost, the
 # factor of the pilot's Gram matrix in detail, because the pilot is smoother than the
@@ -80,7 +80,7 @@ def effective_variances(noise):
     """Return one variance for each plane, (C,), of noise given by frequency, (C, H, W').
 
     It is the root mean square of the variances, which is above their mean for coloured
-    noise: that averages out less than white noise does where patches overlap.
+    noise: where patches overlap, such noise averages out less than white noise does.
     """
     return (noise**2).mean((1, 2)).sqrt()
 
