@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from network.fusing.similar import filter_slabs
+from network.fusing.similar import filter_groups
 
 ROUNDS, MIN_ROUNDS = 12, 3
 MAX_ENTRIES = 2**24  # filtered in all rounds together; more would outlast the training
@@ -66,8 +66,7 @@ def refine(start, error, observation, known, noise, transfer):
         x = known * (observation - convolve(z, transfer))
         x = z + convolve(x, transfer.conj() / (power + ratio))
         uncertain = noise / (power + ratio)
-        slabs = zip(*filter_slabs(z, x, uncertain, 1, boost))
-        z, risk = (torch.cat(rows, 1) for rows in slabs)
+        z, risk = filter_groups(z, x, uncertain, 1, boost)
     # The filter removes a texture that never repeats. Then the result lies much farther from
     # the start than the ensemble's error allows.
     result = (x + z) / 2

@@ -30,7 +30,7 @@ def wiener(residual, noise):
 
     Args:
         residual: (C, H, W).
-        noise: variance of its noise in each plane, (C, 1, 1).
+        noise: variance of its noise.
 
     Returns:
         The filtered residual, (C, H, W).
@@ -41,11 +41,11 @@ def wiener(residual, noise):
     basis = cosines().to(residual)
     filtered = torch.empty_like(residual)
     rows = max(2 * REACH, SLAB // width // STRIDE * STRIDE)
-    for plane, strength, result in zip(residual, noise, filtered):
+    for plane, result in zip(residual, filtered):
         plane = F.pad(plane[None, None], around, mode="reflect")
         for top in range(0, height, rows):
             slab = plane[:, :, top : top + rows + 2 * REACH]
-            slab = _wiener(slab, strength, basis)[0, 0, :, :width]
+            slab = _wiener(slab, noise, basis)[0, 0, :, :width]
             result[top : top + rows] = slab[: height - top]
     return filtered
 

@@ -43,7 +43,7 @@ def second_estimate(y, noise, rounds=None):
     if rounds is None:
         rounds = max(1, min(ROUNDS, ROUNDS * FULL_ROUNDS // y[0].numel()))
     first = functools.partial(first_step, variance=noise)
-    x = _filter(y, y, *FIRST_GROUP, first)
+    x, _ = filter_once(y, y, *FIRST_GROUP, [first] * len(y))
     share = 1.0
     for done in range(rounds):
         patch, size = GROUPS[done % len(GROUPS)]
@@ -52,7 +52,7 @@ def second_estimate(y, noise, rounds=None):
         filters = functools.partial(
             two_filters, variance=variance, covariance=covariance
         )
-        x = _filter(x, x.lerp(y, share), patch, size, filters)
+        x, _ = filter_once(x, x.lerp(y, share), patch, size, [filters] * len(y))
         share = GIVEN_BACK * (1 - (done + 1) / rounds)
     return x
 
@@ -85,10 +85,3 @@ def first_step(_, y, variance):
     combine = identity - (n * variance + damping) * torch.cholesky_inverse(factor)
     weight = 1 / combine.square().sum(2, keepdim=True).clamp(min=1 / k)
     return weight * (combine @ y), 0 * weight, weight
-
-
-def _filter(pilot, observation, patch, size, estimate):
-    """Return a picture (C, H, W), filtered once by one estimator for all planes."""
-    estimators = [estimate] * len(pilot)
-    slabs = filter_once(pilot, observation, patch, size, estimators)
-    return torch.cat([slab for slab, _ in slabs], 1)

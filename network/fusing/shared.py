@@ -44,7 +44,7 @@ def fuse_shared(ensemble, variance, observation, known):
     fused, _ = filter_groups(f, f, noise)
     first = f[:1], variance[:1], y[:1], noise[:1]
     detail, risk = filter_groups(f[:1], y[:1], noise[:1])
-    fused[:1] = fused[:1].lerp(keep_safer(detail, risk, 0, *first), share)
+    fused[:1] = fused[:1].lerp(keep_safer(detail, risk, *first), share)
     fused = torch.tensordot(planes.T, fused, 1)
     error = torch.tensordot(planes.T**2, variance, 1)
     return fused.cpu().numpy(), error.cpu().numpy()

@@ -18,13 +18,7 @@ DETAIL_FACTOR = 8  # a group whose energy times this equals the noise's is half 
 GROUPS = {0: (6, 45, 1, 2), 12: (6, 45, 1.5, 2), 20: (8, 80, 2, 1)}
 
 
-def filter_groups(pilot, observation, noise, times=None):
-    """Return filter_slabs' estimate and risk as whole pictures, (C, H, W)."""
-    slabs = zip(*filter_slabs(pilot, observation, noise, times))
-    return [torch.cat(slab, 1) for slab in slabs]
-
-
-def filter_slabs(pilot, observation, noise, times=None, boost=None):
+def filter_groups(pilot, observation, noise, times=None, boost=None):
     """Estimate a picture from groups of similar patches, given a first estimate of it.
 
     A group has k patches of n pixels: X of the pilot, (k, n), and Y of the observation.
@@ -52,9 +46,8 @@ def filter_slabs(pilot, observation, noise, times=None, boost=None):
         times: number of filterings; None: that in GROUPS.
         boost: factor of the Gram matrices in detail; None: that in GROUPS.
 
-    Yields:
-        Slabs from top to bottom, to save memory: the new estimate of some rows, and its
-        risk, an expected squared error; both (C, rows, W).
+    Returns:
+        The new estimate, and its risk, an expected squared error; both (C, H, W).
     """
     planes, height, width = pilot.shape
     noise = torch.as_tensor(noise).to(pilot).expand(planes, height, width // 2 + 1)
@@ -70,10 +63,9 @@ def filter_slabs(pilot, observation, noise, times=None, boost=None):
         )
         for variance, plane in zip(effective_variances(noise), noise)
     ]
-    for _ in range((times or usual_times) - 1):
-        rounds = filter_once(pilot, observation, patch, size, estimators)
-        pilot = torch.cat([estimate for estimate, _ in rounds], 1)
-    yield from filter_once(pilot, observation, patch, size, estimators)
+    for _ in range(times or usual_times):
+        pilot, risk = filter_once(pilot, observation, patch, size, estimators)
+    return pilot, risk
 
 
 def effective_variances(noise):
@@ -94,7 +86,7 @@ def _covariance(noise, size, patch):
 
 
 def filter_once(pilot, observation, patch, size, estimators):
-    """Filter once; yield slabs of estimate and risk, as filter_slabs does.
+    """Filter once; return the estimate and its risk, as filter_groups does.
 
     Args:
         pilot, observation: (C, H, W).
@@ -110,36 +102,23 @@ def filter_once(pilot, observation, patch, size, estimators):
     count = height * width - (patch - 1) * (width + 1)
     guide = (pilot[0].flatten() - 0.5).as_strided((count, patch, patch), (1, width, 1))
     planes = list(zip(pilot, observation, estimators))
-    # Weighted sums of estimates and risks, and sums of weights, from row `top` on.
-    top, sums = 0, pilot.new_zeros(3, len(pilot), 0, width)
-    for band in torch.arange(len(rows[0])).split(max(1, MAX_TILES // len(columns[0]))):
-        first, last = rows[1][band[0], 0].item(), rows[1][band[-1], -1].item() + patch
-        if first > top:  # the rows above are complete: no later tile has patches there
-            yield _means(sums[:, :, : first - top])
-        left = sums[:, :, first - top :]
-        sums = F.pad(left, (0, 0, 0, last - first - left.shape[2]))
-        top = first
-        tiles = band[0] * len(columns[0]) + torch.arange(len(band) * len(columns[0]))
-        for some in tiles.to(device).split(MAX_TILES):
-            down, across = some // len(columns[0]), some % len(columns[0])
-            references, candidates = (
-                (r[down, :, None] * width + c[across, None]).flatten(1)
-                for r, c in zip(rows, columns)
-            )
-            corners = _most_similar(guide, references, candidates, size)
-            pixels = corners[..., None] + within  # (groups, k, n)
-            places = pixels.flatten() - top * width
-            for i, (x, y, estimate) in enumerate(planes):
-                x, y = x.flatten()[pixels], y.flatten()[pixels]
-                for total, value in zip(sums[:, i], estimate(x, y)):
-                    value = value.expand_as(x).flatten()
-                    total.view(-1).index_add_(0, places, value)
-    yield _means(sums)
-
-
-def _means(sums):
-    """Return estimate and risk, given their weighted sums and the sum of the weights."""
-    return sums[0] / sums[2], sums[1] / sums[2]
+    # Weighted sums of estimates and of risks, and sums of weights.
+    sums = pilot.new_zeros(3, len(pilot), height * width)
+    tiles = torch.arange(len(rows[0]) * len(columns[0]), device=device)
+    for some in tiles.split(MAX_TILES):
+        down, across = some // len(columns[0]), some % len(columns[0])
+        references, candidates = (
+            (r[down, :, None] * width + c[across, None]).flatten(1)
+            for r, c in zip(rows, columns)
+        )
+        corners = _most_similar(guide, references, candidates, size)
+        pixels = corners[..., None] + within  # (groups, k, n)
+        for i, (x, y, estimate) in enumerate(planes):
+            x, y = x.flatten()[pixels], y.flatten()[pixels]
+            for total, value in zip(sums[:, i], estimate(x, y)):
+                total.index_add_(0, pixels.flatten(), value.expand_as(x).flatten())
+    sums[:2] /= sums[2].clone()
+    return sums[:2].view(2, *pilot.shape)
 
 
 def _tiles(size, patch, device):
