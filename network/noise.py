@@ -51,6 +51,8 @@ MAX_STRENGTH = 1.4  # variance of one channel over another's that counts as equa
 # Under a JPEG. Texture looks more like noise, since only aligned blocks can be used.
 MAX_JPEG_RATIO, MAX_JPEG_GROWTH = 1.3, 1.3
 MIN_JPEG_RATIO = 4.0  # of shared noise, in a picture with fine detail; fur has 3
+# With more growth black hides the noise, so the flattest bright blocks decide.
+MAX_KNOWN_GROWTH = 50.0
 MIN_JPEG_SIGMA = 3  # white noise, where 255 is the picture's range; less may be grain
 MIN_SHARPNESS = 3.0  # of a picture that a network alone would blur, 0-255 scale
 
@@ -193,7 +195,8 @@ def find_noise(y, known):
         found = _name(evidence)
     else:
         span = np.ptp(y[known])
-        found = _name_compressed(measure_jpeg(y, known, grid), span, len(y))
+        jpeg = measure_jpeg(y, known, grid)
+        found = _name_compressed(jpeg, evidence.strength, span, len(y))
     return found._replace(strength=evidence.strength)
 
 
@@ -250,11 +253,12 @@ def _name(evidence):
     return Noise(kind, even, ends)
 
 
-def _name_compressed(found, span, channels):
+def _name_compressed(found, strength, span, channels):
     """Return the Noise of a JPEG.
 
     Args:
         found: the measurements, a jpeg.Compressed or None.
+        strength: see Noise.
         span: the range of the picture, in its units.
         channels: the number of channels.
     """
@@ -268,7 +272,8 @@ def _name_compressed(found, span, channels):
     strong = found.is_certain and found.sigma >= MIN_JPEG_SIGMA * span
     if strong and found.ratio < MAX_JPEG_RATIO and not grows:
         return even("white", found.sigma)
-    if found.ratio > MIN_JPEG_RATIO or found.sharpness < MIN_SHARPNESS:
+    hidden = found.growth > MAX_KNOWN_GROWTH and 255 * strength > MIN_JPEG_SIGMA * span
+    if hidden or found.ratio > MIN_JPEG_RATIO or found.sharpness < MIN_SHARPNESS:
         return Noise("compressed", jpeg=True)
     # To spare fine detail, we remove only what is certainly noise.
     return even("compressed", max(found.least, MIN_SIGMA * span))

@@ -31,9 +31,9 @@ def test_a_round_inverts_the_blur_as_a_dense_solve_does(known, planes, monkeypat
 
     def keep(z, x, noise, *_):
         told.append((z, x, noise))
-        yield x, torch.ones_like(x)
+        return x, torch.ones_like(x)
 
-    monkeypatch.setattr(plug, "filter_slabs", keep)
+    monkeypatch.setattr(plug, "filter_groups", keep)
     monkeypatch.setattr(plug, "ROUNDS", 1)
     monkeypatch.setattr(plug, "MIN_ROUNDS", 1)
     start, y = random_image(planes, *SIZE, seed=1), random_image(planes, *SIZE)
@@ -64,9 +64,9 @@ def test_large_pictures_have_fewer_rounds(monkeypatch):
 
     def count(z, x, *_):
         rounds.append(1)
-        yield x, torch.ones_like(x)
+        return x, torch.ones_like(x)
 
-    monkeypatch.setattr(plug, "filter_slabs", count)
+    monkeypatch.setattr(plug, "filter_groups", count)
     z = random_image(1, *SIZE)
     for entries, expected in ((72 * 20, plug.ROUNDS), (72 * 5, 5), (1, 3)):
         monkeypatch.setattr(plug, "MAX_ENTRIES", entries)

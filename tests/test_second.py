@@ -128,5 +128,5 @@ def test_checks_stay_with_hardly_any_noise():
     """Gram matrices of few large eigenvalues, near to singular."""
     rows = torch.arange(64) // 3
     checks = ((rows + rows[:, None]) % 2).float()[None]
-    result = second_estimate(checks, (fusing_noisy.MIN_PASS_SIGMA / 255) ** 2)
+    result = second_estimate(checks, (fusing_noisy.MIN_SIGMA / 255) ** 2)
     torch.testing.assert_close(result, checks, atol=1e-2, rtol=0)

@@ -1,5 +1,7 @@
 """Fusing the ensemble with an observation that has white noise."""
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -10,8 +12,9 @@ from network.fusing.similar import filter_groups
 
 MIN_UNBLURRED = 0.999  # power that every frequency keeps if nothing is blurred
 MIN_SIGMA = 0.3  # 0-255 scale; against less noise no similar patches are needed
-# Median energy of the residual's frequencies over the noise's. Below it the PSF is not exact.
-MAX_QUIET = 0.5
+MAX_QUIET = (
+    0.5  # quiet energy of the residual over the noise's; below it the PSF is not exact
+)
 ENERGY_SIDE = 25  # pixels; the residual's energy in such a window shows the error of f
 # Measured on crops of House, Peppers and kodim01, sigma 10 to 50.
 SPREAD = 2.2  # squared error of the ensemble over the variance of the predictions
@@ -82,32 +85,32 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     impulse[..., 0, 0] = 1
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
-    residual = y - convolve(f, transfer)  # 0 where y is unknown
-    noise = (residual**2).mean().item() / share if sigma is None else (sigma / 255) ** 2
+    mean, quiet = (x / share for x in energies(y - convolve(f, transfer)))
+    noise = mean if sigma is None else (sigma / 255) ** 2
     is_noisy = noise > (MIN_SIGMA / 255) ** 2
-    second = second_estimate(y, noise) if is_noisy else y
-    least = (DAMPING * noise / error).clamp(min=MIN_POWER)
-    inverse = transfer.conj() / (power + least)
-    result = start = f + convolve(second - convolve(f, transfer), inverse)
-    expected = (noise / (power + noise / error + MIN_POWER)).mean((1, 2), keepdim=True)
-    if is_noisy and (power < MIN_UNBLURRED).any():
-        result, expected = refine(start, error, y, known, noise, transfer)
-        rest = second - convolve(result, transfer)
-        result += SECOND_SHARE * convolve(rest, inverse)
-        energy = torch.fft.rfft2(residual, norm="ortho").abs() ** 2
-        if energy.median() < MAX_QUIET * share * noise:
-            # The rest of `noise` is the PSF's error, which `refine` repeats.
-            result = (start + result) / 2
-    elif is_noisy:
-        y, second = (convolve(x, transfer.conj()) for x in (y, second))  # A may move
+    if is_noisy and (power >= MIN_UNBLURRED).all():
+        y = convolve(y, transfer.conj())  # A may move the picture
+        second = second_estimate(y, noise)
         result, risk = filter_groups(f + wiener(y - f, noise), y, noise)
         result = result.lerp(second, SECOND_SHARE)
         result = keep_safer(result, risk, f, variance, y, noise)
         expected = RISK_FACTOR * risk
+    else:
+        second = second_estimate(y, noise) if is_noisy else y
+        least = (DAMPING * noise / error).clamp(min=MIN_POWER)
+        inverse = transfer.conj() / (power + least)
+        result = start = f + convolve(second - convolve(f, transfer), inverse)
+        expected = noise / (power + noise / error + MIN_POWER)
+        expected = expected.mean((1, 2), keepdim=True).expand_as(f)
+        if is_noisy:
+            result, expected = refine(start, error, y, known, noise, transfer)
+            rest = second - convolve(result, transfer)
+            result += SECOND_SHARE * convolve(rest, inverse)
+            if quiet < MAX_QUIET * noise:
+                # The rest of `noise` is the PSF's error, which `refine` repeats.
+                result = (start + result) / 2
     fused = torch.tensordot(planes.T, result, 1)
-    predicted = torch.tensordot(
-        planes.T**2, expected.expand_as(f), 1
-    )  # planes err independently
+    predicted = torch.tensordot(planes.T**2, expected, 1)  # planes err independently
     return fused.cpu().numpy(), predicted.cpu().numpy()
 
 
@@ -129,3 +132,12 @@ def keep_safer(estimate, risk, f, variance, restored, noise):
     error = torch.maximum(SPREAD * variance, energy - noise)
     ratio = risk / error.clamp(min=1e-12)
     return estimate.lerp(f, ratio**2 / (1 + ratio**2))
+
+
+def energies(residual):
+    """Return the mean energy of a residual's frequencies, and that of the quieter ones.
+
+    The latter is what the mean would be if the median frequency held white noise alone.
+    """
+    spectrum = torch.fft.rfft2(residual, norm="ortho").abs() ** 2
+    return (residual**2).mean().item(), spectrum.median().item() / math.log(2)

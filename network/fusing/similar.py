@@ -155,7 +155,7 @@ def _most_similar(guide, references, candidates, size):
 
 
 def two_filters(x, y, variance, covariance, boost=1):
-    """Estimate the patches of groups by the two filters: see filter_slabs.
+    """Estimate the patches of groups by the two filters: see filter_groups.
 
     Args:
         x, y: groups of the pilot and of the observation, (groups, k, n).
