@@ -100,6 +100,21 @@ def test_fusing_without_noise_gives_y_and_with_much_the_ensemble(channels):
     np.testing.assert_allclose(fused(f, y, 1e4, 0.1)[0], f, atol=0.03)
 
 
+@pytest.mark.parametrize("operator", [identity, CircularBlur(gaussian_psf(15, 1.0))])
+def test_fusing_does_not_believe_a_sigma_far_too_low(operator, monkeypatch):
+    """White textures have no similar patches: frequencies alone."""
+    monkeypatch.setattr(noisy, "SECOND_SHARE", 0)
+    monkeypatch.setattr(noisy, "filter_groups", without_pass)
+    clean, f, _ = observed(0.03, 0)
+    noise = 0.1 * torch.randn(1, 128, 128, generator=seeded())
+    y = (operator(torch.from_numpy(clean)[None])[0] + noise).numpy()
+    right, _ = fused(f, y, 25.5, 0.03, operator)
+    low, _ = fused(f, y, 5, 0.03, operator)
+    errors = [((x - clean) ** 2).mean() for x in (f, right, low)]
+    assert errors[1] < errors[0] * 1.12
+    assert errors[2] < errors[0] * 1.15
+
+
 def test_an_unknown_sigma_is_that_of_the_residual():
     blur = CircularBlur(gaussian_psf(15, 1.0))
     _, f, y = observed(0.05, 0.1)
@@ -109,13 +124,15 @@ def test_an_unknown_sigma_is_that_of_the_residual():
         assert np.abs(made - told).mean() < 1e-3
 
 
-def test_quiet_energy_of_a_residual_is_that_of_its_noise():
-    """Beside noise it has an error, of low frequencies alone."""
-    noise = 0.1 * torch.randn(3, 128, 126, generator=seeded())
-    error = ndimage.gaussian_filter(random_image(3, 128, 126).numpy(), (0, 6, 6)) - 0.5
-    mean, quiet = noisy.energies(noise + 4 * torch.from_numpy(error))
-    assert mean > 0.012
-    assert quiet == pytest.approx(0.01, rel=0.05)
+def test_quiet_quarter_of_a_spectrum_is_its_definition():
+    residual = random_image(3, 48, 46).numpy() - 0.5
+    energy = np.abs(np.fft.rfft2(residual)) ** 2 / (48 * 46)
+    rows = np.array_split(energy, noisy.BINS, axis=1)
+    parts = [x.mean() for part in rows for x in np.array_split(part, noisy.BINS, 2)]
+    expected = np.quantile(parts, 0.25)
+    assert noisy.quiet_energy(torch.from_numpy(residual)) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_fusing_inverts_the_operator():

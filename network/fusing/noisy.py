@@ -1,7 +1,5 @@
 """Fusing the ensemble with an observation that has white noise."""
 
-import math
-
 import torch
 from torch.nn import functional as F
 
@@ -12,9 +10,9 @@ from network.fusing.similar import filter_groups
 
 MIN_UNBLURRED = 0.999  # power that every frequency keeps if nothing is blurred
 MIN_SIGMA = 0.3  # 0-255 scale; against less noise no similar patches are needed
-MAX_QUIET = (
-    0.5  # quiet energy of the residual over the noise's; below it the PSF is not exact
-)
+BINS = 8  # parts of the residual's spectrum along each side
+QUIET_SHARE = 0.25  # of these parts; the quietest hold hardly more than noise
+MAX_QUIET = 0.5  # their energy over the noise's; below it the PSF is not exact
 ENERGY_SIDE = 25  # pixels; the residual's energy in such a window shows the error of f
 # Measured on crops of House, Peppers and kodim01, sigma 10 to 50.
 SPREAD = 2.2  # squared error of the ensemble over the variance of the predictions
@@ -85,9 +83,13 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     impulse[..., 0, 0] = 1
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
-    mean, quiet = (x / share for x in energies(y - convolve(f, transfer)))
-    noise = mean if sigma is None else (sigma / 255) ** 2
+    residual = y - convolve(f, transfer)  # 0 where y is unknown
+    quiet, noise = quiet_energy(residual) / share, (residual**2).mean().item() / share
+    noise = noise if sigma is None else (sigma / 255) ** 2
     is_noisy = noise > (MIN_SIGMA / 255) ** 2
+    if is_noisy:  # a sigma is not believed where the residual is louder everywhere
+        noise = max(noise, quiet - (error * power).mean().item())
+    del residual  # like all that is not needed again: large pictures fill the memory
     if is_noisy and (power >= MIN_UNBLURRED).all():
         y = convolve(y, transfer.conj())  # A may move the picture
         second = second_estimate(y, noise)
@@ -134,10 +136,12 @@ def keep_safer(estimate, risk, f, variance, restored, noise):
     return estimate.lerp(f, ratio**2 / (1 + ratio**2))
 
 
-def energies(residual):
-    """Return the mean energy of a residual's frequencies, and that of the quieter ones.
+def quiet_energy(residual):
+    """Return the energy below which the quietest quarter of a residual's spectrum lies.
 
-    The latter is what the mean would be if the median frequency held white noise alone.
+    Args:
+        residual: (C, H, W). Its spectrum is cut into BINS x BINS parts.
     """
     spectrum = torch.fft.rfft2(residual, norm="ortho").abs() ** 2
-    return (residual**2).mean().item(), spectrum.median().item() / math.log(2)
+    parts = F.adaptive_avg_pool2d(spectrum, BINS).mean(0)
+    return parts.quantile(QUIET_SHARE).item()
