@@ -6,11 +6,26 @@ import numpy as np
 import torch
 
 
+def opponent(like):
+    """Return the matrix that takes colours to luminance and two colour differences.
+
+    We call these three, or the one channel of a gray image, planes. The matrix is
+    orthonormal, so white noise stays white. For a gray image it is the identity.
+
+    Args:
+        like: an image (C, H, W); the matrix has its type and its device.
+    """
+    matrix = torch.eye(len(like))
+    if len(like) == 3:
+        matrix = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
+    return (matrix / matrix.norm(dim=1, keepdim=True)).to(like)
+
+
 class Restoration(NamedTuple):
     """The result of an ensemble: arrays (C, H, W)."""
 
     image: np.ndarray  # the restored picture, in the observation's units
-    # Variance of the predictions, by plane (see fusing.noisy.opponent), same units.
+    # Variance of the predictions, by plane (see opponent), same units.
     variance: np.ndarray
     mean: np.ndarray  # of the predictions, in the learner's units
 
@@ -19,12 +34,12 @@ class Ensemble:
     """Weighted sums of predictions and of their squares, and the sum of the weights.
 
     Args:
-        like: an observation (C, H, W); the sums have its shape and its device.
-        planes: matrix (C, C) that turns colours into planes; squares are summed by plane.
+        like: an observation (C, H, W); the sums have its shape and its device. Squares are
+            summed by plane: see opponent.
     """
 
-    def __init__(self, like, planes):
-        self.planes = planes
+    def __init__(self, like):
+        self.planes = opponent(like)
         self.total, self.squares = like.new_zeros(2, *like.shape)
         self.weights = like.new_zeros(like.shape[1:])
 
@@ -41,7 +56,7 @@ class Ensemble:
 
     def divided(self, divisor):
         """Return a copy in which all weights are divided by a number."""
-        other = Ensemble(self.total, self.planes)
+        other = Ensemble(self.total)
         for ours, its in zip(self.tensors(), other.tensors()):
             torch.div(ours, divisor, out=its)
         return other

@@ -11,7 +11,6 @@ import torch
 from network.cpu import keep_memory, tune_cpu
 from network.ensemble import Ensemble, Restoration
 from network.fusing import fuse
-from network.fusing.noisy import opponent
 from network.masks import BernoulliMasks
 from network.windows import tiles
 
@@ -50,7 +49,7 @@ def predict(learner, num_prediction, advance):
     if learner.ensemble and learner.step:
         ensemble = learner.ensemble.divided(learner.weight_of(learner.step))
     else:
-        ensemble = Ensemble(learner.y[0], opponent(learner.y[0]))
+        ensemble = Ensemble(learner.y[0])
     for start in range(0, num_prediction, size):
         n = min(size, num_prediction - start)
         ensemble.add(predict_whole(learner, masks, n))

@@ -11,7 +11,6 @@ from network.checks import check_observation
 from network.cpu import tune_cpu
 from network.ensemble import Ensemble
 from network.fast_punet import FastPunet
-from network.fusing.noisy import opponent
 from network.masks import BernoulliMasks, flip
 from network.muon import make_optimizers, moments
 from network.scale import UNIT
@@ -116,7 +115,7 @@ class Self2Self:
         self.optimizers = make_optimizers(self.network, *kind, self.rate)
         self.ensemble = None  # the sums of the predictions that training makes
         if recipe.averaging_power is not None:
-            self.ensemble = Ensemble(self.y[0], opponent(self.y[0]))
+            self.ensemble = Ensemble(self.y[0])
         # A captured step reads `prediction_weight`, and writes the two losses.
         values = torch.zeros(3, device=self.device)
         self.prediction_weight, self.loss_sum, self.last_loss = values

@@ -9,6 +9,7 @@ from scripts import chosen
 from skimage.restoration import inpaint_biharmonic
 from tensors import begun, random_image, train
 
+from network.ensemble import opponent
 from network.fusing import missing, noisy
 
 
@@ -78,7 +79,7 @@ def test_channels_with_holes_of_their_own():
     # by plane: luminance and two differences, of which each channel has a share
     by_plane = np.float32([1, 2, 3])[:, None, None] * np.ones_like(clean)
     variance = by_plane * 0.05**2 / noisy.SPREAD
-    shares = noisy.opponent(torch.zeros(3, 1, 1)).numpy().T ** 2
+    shares = opponent(torch.zeros(3, 1, 1)).numpy().T ** 2
     known = holes(0.5, clean.shape)
     result, predicted = missing.fill_holes(
         np.float32(f), variance, clean * known, known

@@ -8,8 +8,8 @@ from scipy import ndimage
 from tensors import begun, random_image, train
 
 from network import recipes
+from network.ensemble import opponent
 from network.fusing import shared
-from network.fusing.noisy import opponent
 
 KNOWN = np.ones((1, 1, 1), np.float32)
 

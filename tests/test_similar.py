@@ -6,6 +6,7 @@ import torch
 from references import decibels, naive_filter, saved
 from tensors import identity, random_image, seeded, without_pass, without_rounds
 
+from network.ensemble import opponent
 from network.fusing import noisy, similar
 from network.fusing.similar import filter_groups
 
@@ -103,7 +104,7 @@ def test_an_ensemble_that_errs_less_than_the_pass_is_kept(error):
 
 
 def test_planes_of_a_colour_picture_keep_the_noise_white():
-    matrix = noisy.opponent(torch.zeros(3, 1, 1))
+    matrix = opponent(torch.zeros(3, 1, 1))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(3))
     assert matrix[0].std() < 1e-6 and matrix[1:].sum(1).abs().max() < 1e-6
-    torch.testing.assert_close(noisy.opponent(torch.zeros(1, 1, 1)), torch.eye(1))
+    torch.testing.assert_close(opponent(torch.zeros(1, 1, 1)), torch.eye(1))

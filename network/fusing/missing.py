@@ -3,7 +3,8 @@
 import torch
 from scipy.ndimage import gaussian_filter
 
-from network.fusing.noisy import SPREAD, opponent
+from network.ensemble import opponent
+from network.fusing.noisy import SPREAD
 from network.fusing.similar import filter_groups
 
 ROUNDS = 8
@@ -22,7 +23,7 @@ def fill_holes(ensemble, variance, observation, known):
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
-        variance: of the predictions, by plane, of the same shape: see noisy.opponent.
+        variance: of the predictions, by plane, of the same shape: see ensemble.opponent.
         observation: y, of the same shape and scale.
         known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W). With
             (1, H, W) the planes are filtered, otherwise the channels.

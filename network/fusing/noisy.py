@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from network.ensemble import opponent
 from network.fusing.plug import convolve, refine
 from network.fusing.residual import wiener
 from network.fusing.second import second_estimate
@@ -23,25 +24,10 @@ RISK_FACTOR = 2.2  # squared error of the result over the second pass's risk
 DAMPING, MIN_POWER = 0.2, 1e-5
 
 
-def opponent(like):
-    """Return the matrix that takes colours to luminance and two colour differences.
-
-    We call these three, or the one channel of a gray image, planes. The matrix is
-    orthonormal, so white noise stays white. For a gray image it is the identity.
-
-    Args:
-        like: an image (C, H, W); the matrix has its type and its device.
-    """
-    matrix = torch.eye(len(like))
-    if len(like) == 3:
-        matrix = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
-    return (matrix / matrix.norm(dim=1, keepdim=True)).to(like)
-
-
 def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     """Add to the ensemble's mean the detail that the observation still shows.
 
-    Each plane is fused by itself: see `opponent`. A second estimate is made of y alone,
+    Each plane is fused by itself: see `ensemble.opponent`. A second estimate is made of y alone,
     so it errs differently than the network: see `second.second_estimate`.
 
     Without a blur a first pass filters the residual y - f, which is the noise plus the

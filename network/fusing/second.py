@@ -32,7 +32,7 @@ def second_estimate(y, noise, rounds=None):
     round is better by 0.05 dB, once the result is averaged with the network's.
 
     Args:
-        y: observation by plane (see noisy.opponent), (C, H, W), sides of 32 or more.
+        y: observation by plane (see ensemble.opponent), (C, H, W), sides of 32 or more.
             Patches are compared in the first plane, which is luminance.
         noise: variance of its white noise, the same in all planes; above 0.
         rounds: M. 0: the first step alone. None: ROUNDS, fewer for a large picture.

@@ -6,7 +6,8 @@ import numpy as np
 import scipy.fft
 import torch
 
-from network.fusing.noisy import keep_safer, opponent
+from network.ensemble import opponent
+from network.fusing.noisy import keep_safer
 from network.fusing.similar import filter_groups
 from network.jpeg import LOW, ORDER, blocks_of
 
