@@ -39,6 +39,7 @@ TRIMMED, TRIMMED_MEAN = 0.95, 0.7588
 # A bin counts half if its variance is this share above or below that of the line.
 HALF_ABOVE, HALF_BELOW = 0.1, 0.3
 MIN_VARIANCE = 0.02  # of the mean variance: a line may cross 0 where it is dark
+TINY = 1e-60  # of a variance that is divided by
 MIN_CHANNEL = 0.04  # variance of a channel over the noisiest channel's
 MIN_DARKEST = 0.005  # variance at the darkest intensity over that at a bright one
 # Energy of the middle frequencies over that of the highest. White noise has 1, noise
@@ -355,7 +356,7 @@ def _variances(lines, levels):
     gain, offset = np.array(lines).T[..., None]
     variances = gain * levels + offset
     least = MIN_VARIANCE * variances.clip(0).mean(1, keepdims=True)
-    return np.maximum(variances, least + np.finfo(float).tiny)
+    return np.maximum(variances, least + TINY)
 
 
 def _measure_bin(levels, energy, flatness):
@@ -379,7 +380,9 @@ def _fit_line(level, variance, weight):
     multiplied by a number.
     """
     strength, trust = np.ones((len(level), 1)), np.ones(level.shape)
-    line = expected = np.full(level.shape, np.median(variance))
+    typical = max(np.median(variance), MIN_VARIANCE * variance.mean(), TINY)
+    least = MIN_VARIANCE * typical
+    line = expected = np.full(level.shape, typical)
     # A strict start would let few bins decide.
     for looseness in (20, 10, 7, 5, 3, 2, 1, 1, 1):
         # The errors are about proportional to the variance. The weight is its inverse, not
@@ -391,9 +394,8 @@ def _fit_line(level, variance, weight):
         )[0]
         if gain < 0:
             gain, offset = 0.0, np.average(variance / strength, weights=root**2)
-        line = gain * level + offset
-        line = np.maximum(line, MIN_VARIANCE * np.median(variance))
-        strength = np.median(variance / line, 1, keepdims=True)
+        line = np.maximum(gain * level + offset, least)
+        strength = np.median(variance / line, 1, keepdims=True).clip(1e-6)
         if strength.max() < MAX_STRENGTH * strength.min():
             strength = np.ones_like(strength)
         expected = strength * line

@@ -118,6 +118,25 @@ def test_a_clean_jpeg_is_hardly_changed():
     assert recipes.adapt("fast", jpeg(fur, 90)[0]).fuse == "noise"
 
 
+def test_black_may_hide_the_noise_of_a_jpeg():
+    """Black without noise, flat gray, and texture that is never flat."""
+    clean = np.full((1, 160, 160), 2 / 255)
+    clean[:, :, 48:80] = 0.1 + 0.03 * np.sin(np.arange(160) / 9)[:, None]
+    signs = np.random.default_rng(1).choice((-1, 1), (160, 80))
+    clean[:, :, 80:] = 0.5 + 0.3 * signs
+    grainy = clean + noise(clean.shape, 8, blur=0.6) * (clean > 0.05)
+    found = [find_noise(jpeg(y, 75)[0], ALL) for y in (clean, grainy)]
+    assert all(one.jpeg for one in found)
+    assert found[0].sigma() < 1.5 and found[1].sigma() is None
+
+
+def test_half_of_a_picture_may_have_no_noise_at_all():
+    clean = np.full((1, 128, 128), 2 / 255)
+    stripes = np.arange(64) // 2 % 2
+    clean[:, :, 64:] = 0.5 + 0.25 * stripes + np.linspace(0, 0.1, 64)
+    assert find_noise(np.rint(255 * clean) / 255, ALL).kind
+
+
 def test_the_steps_of_a_jpeg_are_those_of_its_file():
     clean = photograph(3)
     y, steps = jpeg(clean + noise(clean.shape, 15), 75)
