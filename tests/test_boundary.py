@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from references import photograph
 from scipy.signal import convolve2d
 from scripts import results_folder, run, write
 from tensors import random_image
@@ -119,11 +120,11 @@ def test_a_psf_that_moves_the_picture_is_named(place, told, capsys):
 
 
 def test_what_is_not_known_of_y_changes_nothing_in_fusing():
-    blur, x = CircularBlur(random_psf((4, 5))), random_image(1, 48, 50).numpy()
+    blur, x = CircularBlur(random_psf((4, 5))), photograph(side=50).astype(np.float32)
     draws = np.random.default_rng(0).standard_normal((2, *x.shape), np.float32)
     f, variance = x + 0.05 * draws[0], np.full_like(x, 0.05**2 / noisy.SPREAD)
     y = blur(torch.from_numpy(x)[None])[0].numpy() + 0.02 * draws[1]
-    known, inner = np.zeros((1, 48, 50), np.float32), place(blur, (48, 50))
+    known, inner = np.zeros_like(x), place(blur, x.shape[1:])
     known[0][inner] = 1
     made = [
         noisy.fuse_noisy(f, variance, np.where(known, y, other), known, 5.1, blur)[0]
