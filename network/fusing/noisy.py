@@ -37,7 +37,7 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
 
     Under a blur the second estimate is one of A(x). Its difference from A(f) is inverted
     and added to f. From there `plug.refine` goes on. What the second estimate still has
-    beyond its result is inverted, and half of it is added.
+    beyond its result is inverted, and half of it or more is added.
 
     Args:
         ensemble: f, the mean prediction, (C, H, W), [0, 1] scale.
@@ -45,8 +45,9 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
         observation: y, of the same shape and scale.
         known: 1 where an entry of y is known, else 0: (C, H, W) or (1, H, W). A(f) stands
             in for unknown entries. For holes without noise see missing.fill_holes.
-        sigma: s, standard deviation of y's white noise on the 0-255 scale. None: it is
-            unknown, and the whole residual counts as noise. Under a blur that is nearly
+        sigma: s, standard deviation of y's white noise on the 0-255 scale. It is raised to
+            what the quietest quarter of the residual's spectrum holds, less the error. None:
+            it is unknown, and the whole residual counts as noise. Under a blur that is nearly
             true, because A removes most of the error of f.
         forward_operator: A, from and to (1, C, H, W). It is linear, treats every channel
             by itself and every place alike, and takes the image as periodic.
@@ -57,7 +58,7 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     """
     y = torch.as_tensor(observation, dtype=torch.float32)
     f, variance, known = (torch.as_tensor(x).to(y) for x in (ensemble, variance, known))
-    share = known.mean().item()
+    known_share = known.mean().item()
     y = torch.where(known > 0, y, forward_operator(f[None])[0])
     known = known.amax(0, keepdim=True)
     planes = opponent(y)
@@ -70,12 +71,15 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
     residual = y - convolve(f, transfer)  # 0 where y is unknown
-    quiet, noise = quiet_energy(residual) / share, (residual**2).mean().item() / share
-    noise = noise if sigma is None else (sigma / 255) ** 2
+    quiet, loud = (
+        quiet_energy(residual) / known_share,
+        (residual**2).mean().item() / known_share,
+    )
+    noise = loud if sigma is None else (sigma / 255) ** 2
     is_noisy = noise > (MIN_SIGMA / 255) ** 2
-    if is_noisy:  # a sigma is not believed where the residual is louder everywhere
+    if is_noisy:
         noise = max(noise, quiet - (error * power).mean().item())
-    del residual  # like all that is not needed again: large pictures fill the memory
+    del residual  # large pictures fill the memory
     if is_noisy and (power >= MIN_UNBLURRED).all():
         y = convolve(y, transfer.conj())  # A may move the picture
         second = second_estimate(y, noise)
@@ -93,7 +97,9 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
         if is_noisy:
             result, expected = refine(start, error, y, known, noise, transfer)
             rest = second - convolve(result, transfer)
-            result += SECOND_SHARE * convolve(rest, inverse)
+            # The less the blur takes, the more the second estimate is one of x itself.
+            share = SECOND_SHARE * (1 + power.mean().item())
+            result += share * convolve(rest, inverse)
             if quiet < MAX_QUIET * noise:
                 # The rest of `noise` is the PSF's error, which `refine` repeats.
                 result = (start + result) / 2
