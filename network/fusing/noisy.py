@@ -47,8 +47,7 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
             in for unknown entries. For holes without noise see missing.fill_holes.
         sigma: s, standard deviation of y's white noise on the 0-255 scale. It is raised to
             what the quietest quarter of the residual's spectrum holds, less the error. None:
-            it is unknown, and the whole residual counts as noise. Under a blur that is nearly
-            true, because A removes most of the error of f.
+            the whole residual counts as noise. Under a blur that is nearly true.
         forward_operator: A, from and to (1, C, H, W). It is linear, treats every channel
             by itself and every place alike, and takes the image as periodic.
 
@@ -71,10 +70,8 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
     transfer = torch.fft.rfft2(forward_operator(impulse)[0])
     power = transfer.abs() ** 2
     residual = y - convolve(f, transfer)  # 0 where y is unknown
-    quiet, loud = (
-        quiet_energy(residual) / known_share,
-        (residual**2).mean().item() / known_share,
-    )
+    energies = quiet_energy(residual), (residual**2).mean().item()
+    quiet, loud = (x / known_share for x in energies)
     noise = loud if sigma is None else (sigma / 255) ** 2
     is_noisy = noise > (MIN_SIGMA / 255) ** 2
     if is_noisy:
@@ -98,8 +95,7 @@ def fuse_noisy(ensemble, variance, observation, known, sigma, forward_operator):
             result, expected = refine(start, error, y, known, noise, transfer)
             rest = second - convolve(result, transfer)
             # The less the blur takes, the more the second estimate is one of x itself.
-            share = SECOND_SHARE * (1 + power.mean().item())
-            result += share * convolve(rest, inverse)
+            result += SECOND_SHARE * (1 + power.mean()) * convolve(rest, inverse)
             if quiet < MAX_QUIET * noise:
                 # The rest of `noise` is the PSF's error, which `refine` repeats.
                 result = (start + result) / 2
