@@ -15,8 +15,10 @@ from network.punet import bent_sigmoid, double, halve
 
 # At each end of a padded axis: the place of a copy, and that of its original.
 EDGES = (0, 1), (-1, -2)
-# Up to so many pixels bfloat16 saves less time than converting and reordering weights takes.
-SMALL_MAP = 64
+# Up to so many pixels PyTorch's own functions are faster than EdgedConvolution.
+SMALL_MAP = 1024
+# Up to so many, bfloat16 saves less time than converting and reordering weights takes.
+FLOAT32_MAP = 64
 # Up to so many, one convolution of joined maps is faster than two and an addition.
 SMALL_JOINED = 256
 
@@ -34,7 +36,7 @@ def forward(network, x, mask, draw):
         x = F.leaky_relu_(x, 0.1)
         if 1 <= i <= 5:
             x = halve(x)
-            if x.dtype == torch.bfloat16 and x[:, 0].numel() <= SMALL_MAP:
+            if x.dtype == torch.bfloat16 and x[:, 0].numel() <= FLOAT32_MAP:
                 x = x.float()
             mask = None if mask is None else halve(mask)
             if i <= 4:
@@ -46,7 +48,7 @@ def forward(network, x, mask, draw):
             x = F.leaky_relu_(x, 0.1)
             keep = draw_kept(network, layer.in_channels, x, draw)
             scale = 1 / (1 - network.drop_rate)
-            x = EdgedConvolution.apply(x, layer.weight, layer.bias, scale, keep)
+            x = convolve_edged(x, layer.weight, layer.bias, scale, keep)
     return bent_sigmoid(x.to(layer.bias.dtype), network.bend)
 
 
@@ -72,9 +74,9 @@ def convolve_kept(layer, x, mask):
             mask = None if kept.min() == full else mask
     if mask is None:
         scale = layer.numerator / full
-        return EdgedConvolution.apply(x, layer.weight, layer.bias, scale), None
+        return convolve_edged(x, layer.weight, layer.bias, scale), None
     ratio = (layer.numerator / (kept + 1e-8) * kept.clamp(0, 1)).to(x.dtype)
-    output = EdgedConvolution.apply(
+    output = convolve_edged(
         x, layer.weight, layer.bias, 1, None, mask.to(x.dtype), ratio
     )
     return output, updated
@@ -97,15 +99,15 @@ def convolve_joined(network, layer, x, skip, draw):
     if network.drop_upsampled:
         x = torch.cat((double(x, skip.shape[2:]), skip), 1)
         keep = draw_kept(network, x.shape[1], x, draw)
-        return EdgedConvolution.apply(x, layer.weight, layer.bias, scale, keep)
+        return convolve_edged(x, layer.weight, layer.bias, scale, keep)
     keep = draw_kept(network, channels[1], skip, draw)
     if skip[:, 0].numel() <= SMALL_JOINED:
         skip = skip if keep is None else skip * keep * scale
         x = torch.cat((double(x, skip.shape[2:]), skip), 1)
-        return EdgedConvolution.apply(x, layer.weight, layer.bias)
+        return convolve_edged(x, layer.weight, layer.bias)
     weight_x, weight_skip = layer.weight.split(channels, 1)
-    joined = EdgedConvolution.apply(skip, weight_skip, layer.bias, scale, keep)
-    convolved = EdgedConvolution.apply(x, phase_weights(weight_x), None)
+    joined = convolve_edged(skip, weight_skip, layer.bias, scale, keep)
+    convolved = convolve_edged(x, phase_weights(weight_x), None)
     return AddUpsampled.apply(joined, convolved)
 
 
@@ -125,6 +127,21 @@ def draw_kept(network, channels, like, draw):
     return keep.to(like.dtype) if keep.is_floating_point() else keep
 
 
+def convolve_edged(x, weight, bias, scale=1, keep=None, mask=None, ratio=None):
+    """Compute EdgedConvolution, for a small map by PyTorch's own functions."""
+    given = x, weight, bias, scale, keep, mask, ratio
+    if x[:, 0].numel() > SMALL_MAP:
+        return EdgedConvolution.apply(*given)
+    x = x if keep is None else x * keep
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    padded = padded if mask is None else padded * mask
+    weight = (weight if scale == 1 else weight * scale).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if ratio is None:
+        return F.conv2d(padded, weight, bias)
+    return F.conv2d(padded, weight) * ratio + bias.view(-1, 1, 1)
+
+
 def expand(x, like):
     """Expand x, which broadcasts to a map `like` (N, C, H, W), to its full size.
 
@@ -142,7 +159,7 @@ class EdgedConvolution(torch.autograd.Function):
     with scale * weight: equals F.conv2d(F.pad(x * keep, (1, 1, 1, 1), mode="replicate") *
     mask, scale * weight) * ratio + bias, in the type of x.
 
-    One function replaces many small ones, which take most of a step's time on a small map.
+    On a large map it passes over memory less often than PyTorch's own functions do.
     """
 
     @staticmethod

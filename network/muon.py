@@ -39,26 +39,30 @@ def inverse_roots(grams):
     return product / norm
 
 
-def orthogonalise(matrices, length=1, together=False):
-    """Bring all singular values of each matrix (m, n), m <= n, close to `length`.
+def orthogonalise(matrices, size=1, together=False):
+    """Bring all singular values of each matrix (m, n), m <= n, close to size * sqrt(n).
+
+    Then the root mean square of its entries is close to `size`.
 
     Args:
         matrices: a list; their shapes may differ.
-        length: a number, or a tensor that holds one.
+        size: a number, or a tensor that holds one.
         together: whether all matrices share one batch, padded with zeros, which needs few
             CUDA kernels. Otherwise those of equal m share the iterations.
     """
+    lengths = [x.shape[1] ** 0.5 for x in matrices]
     if together:
         sizes = [x.shape for x in matrices]
         batch = matrices[0].new_zeros(len(matrices), *map(max, zip(*sizes)))
         torch._foreach_copy_([x[:m, :n] for x, (m, n) in zip(batch, sizes)], matrices)
-        made = length * inverse_roots(batch @ batch.mT) @ batch
-        return [x[:m, :n] for x, (m, n) in zip(made, sizes)]
+        roots = size * inverse_roots(batch @ batch.mT)
+        torch._foreach_mul_([*roots], lengths)
+        return [x[:m, :n] for x, (m, n) in zip(roots @ batch, sizes)]
     grams = {}
     for x in matrices:
         grams.setdefault(len(x), []).append(x @ x.mT)
-    roots = {m: iter(length * inverse_roots(torch.stack(g))) for m, g in grams.items()}
-    return [next(roots[len(x)]) @ x for x in matrices]
+    roots = {m: iter(size * inverse_roots(torch.stack(g))) for m, g in grams.items()}
+    return [next(roots[len(x)]).mul_(n) @ x for x, n in zip(matrices, lengths)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -94,7 +98,6 @@ class Muon(torch.optim.Optimizer):
             # In this order of columns the matrices of channels_last weights are views.
             matrices = [x.permute(0, 2, 3, 1).flatten(1) for x in ahead]
             steps = orthogonalise(matrices, 0.2 * group["lr"], group["together"])
-            torch._foreach_mul_(steps, [x.shape[1] ** 0.5 for x in steps])
             steps = [
                 x.unflatten(1, (*weight.shape[2:], -1)).permute(0, 3, 1, 2)
                 for x, weight in zip(steps, weights)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from network import cpu_punet, fast_punet, punet
-from network.cpu_punet import EdgedConvolution
+from network.cpu_punet import EdgedConvolution, convolve_edged
 from network.fast_punet import FastPunet, triton_punet
 from network.masks import BernoulliMasks
 from network.punet import Punet
@@ -288,10 +288,11 @@ def test_dropout_keeps_its_rate():
     assert abs(keep.double().mean() - 0.7) < 4 * (0.3 * 0.7 / keep.numel()) ** 0.5
 
 
+@pytest.mark.parametrize("convolve", [EdgedConvolution.apply, convolve_edged])
 @pytest.mark.parametrize("keep", [None, "float", "bool"])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("shape", [(3, 1, 4), (1, 6, 5), (3, 6, 5)])
-def test_edged_convolution_is_that_of_a_padded_map(shape, masked, keep):
+def test_edged_convolution_is_that_of_a_padded_map(shape, masked, keep, convolve):
     channels, height, width = shape
     x = random_image(2, *shape)
     weight, bias = random_image(4, channels, 3, 3, seed=3), random_image(4, seed=4)
@@ -306,7 +307,7 @@ def test_edged_convolution_is_that_of_a_padded_map(shape, masked, keep):
     padded = F.pad(x * (1 if keep is None else keep), (1,) * 4, mode="replicate")
     expected = F.conv2d(padded * (mask if masked else 1), weight * 1.25)
     expected = expected * (ratio if masked else 1) + bias.view(-1, 1, 1)
-    made = EdgedConvolution.apply(*given, 1.25, keep, mask, ratio)
+    made = convolve(*given, 1.25, keep, mask, ratio)
     torch.testing.assert_close(made, expected)
     grad = random_image(*expected.shape, seed=2)
     before = grad.clone()
