@@ -39,6 +39,7 @@ from network.muon import Muon
 from network.noise import gaussian_noise
 
 DROP_RATE = 0.3
+PICTURE = "astronaut"  # of quality against time
 
 
 class PlainPConv2d(nn.Module):
@@ -284,7 +285,7 @@ def instructions():
 def denoised(size, device, steps):
     """Run denoise.py on a crop; return the command's seconds, and PSNRs: its, the network's."""
     script = Path(__file__).parents[1] / "denoise.py"
-    options = {"crop": size, "device": device, "iteration": steps}
+    options = {"path": PICTURE, "crop": size, "device": device, "iteration": steps}
     words = [f"--{key}={value}" for key, value in options.items()]
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -298,19 +299,19 @@ def denoised(size, device, steps):
 def bm3d_denoised(size):
     """Return the seconds and the PSNR of BM3D, told sigma; None where it is not installed."""
     try:
-        from bm3d import bm3d
+        from bm3d import bm3d_rgb
     except ImportError:
         return None
     sigma = denoise.DEFAULTS["sigma"]
-    clean = pictures.read_picture(utils.find_images("camera")[0], size).image
+    clean = pictures.read_picture(utils.find_images(PICTURE)[0], size).image
     y = clean + gaussian_noise(clean.shape, sigma, denoise.DEFAULTS["seed"])
     started = time.perf_counter()
-    made = bm3d(y[0], sigma / 255)[None]
+    made = bm3d_rgb(y.transpose(1, 2, 0), sigma / 255).transpose(2, 0, 1)
     return time.perf_counter() - started, pictures.score(made, clean)[0]
 
 
 def quality_against_time(budgets, size, device, picture):
-    """Print, and draw, the PSNR that camera's centre crop has after so many seconds."""
+    """Print, and draw, the PSNR that PICTURE's centre crop has after so many seconds."""
     few, many = 20, 120
     start, end = (denoised(size, device, steps)[0] for steps in (few, many))
     step = (end - start) / (many - few)
