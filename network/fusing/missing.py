@@ -44,7 +44,7 @@ def fill_holes(ensemble, variance, observation, known):
     guess = result = f + spread_residual(residual, known)
     for k in range(ROUNDS):
         pilot = result.lerp(guess, GUESS_SHARE)
-        result, _ = filter_groups(pilot, guess, missed * DECAY**k, times=1)
+        result, _ = filter_groups(pilot, guess, missed * DECAY**k)
         guess = torch.where(known > 0, y, guess.lerp(result, OVERSHOOT))
     fused = torch.where(known > 0, y, result)
     error = SPREAD * variance * (1 - known)

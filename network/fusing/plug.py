@@ -66,7 +66,7 @@ def refine(start, error, observation, known, noise, transfer):
         x = known * (observation - convolve(z, transfer))
         x = z + convolve(x, transfer.conj() / (power + ratio))
         uncertain = noise / (power + ratio)
-        z, risk = filter_groups(z, x, uncertain, 1, boost)
+        z, risk = filter_groups(z, x, uncertain, boost)
     # The filter removes a texture that never repeats. Then the result lies much farther from
     # the start than the ensemble's error allows.
     result = (x + z) / 2

@@ -42,13 +42,19 @@ def fuse_shared(ensemble, variance, observation, known):
     noise, growth = shared_variance(f, y)
     noise = (noise / known.mean()).clamp(min=MIN_VARIANCE)
     share = min(1, DETAIL_SHARE * max(1, growth / MAX_GROWTH))
-    fused, _ = filter_groups(f, f, noise)
+    fused, _ = filter_twice(f, f, noise)
     first = f[:1], variance[:1], y[:1], noise[:1]
-    detail, risk = filter_groups(f[:1], y[:1], noise[:1])
+    detail, risk = filter_twice(f[:1], y[:1], noise[:1])
     fused[:1] = fused[:1].lerp(keep_safer(detail, risk, *first), share)
     fused = torch.tensordot(planes.T, fused, 1)
     error = torch.tensordot(planes.T**2, variance, 1)
     return fused.cpu().numpy(), error.cpu().numpy()
+
+
+def filter_twice(pilot, observation, noise):
+    """Filter twice, the second time with the first estimate as the pilot: see filter_groups."""
+    estimate, _ = filter_groups(pilot, observation, noise)
+    return filter_groups(estimate, observation, noise)
 
 
 def shared_variance(f, y):

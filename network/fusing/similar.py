@@ -14,11 +14,11 @@ DETAIL_FACTOR = 8  # a group whose energy times this equals the noise's is half 
 
 # Smallest sigma (0-255 scale) -> side of a patch in pixels; patches in a group; boost, the
 # factor of the pilot's Gram matrix in detail, because the pilot is smoother than the
-# truth; number of filterings, each with the last estimate as the pilot.
-GROUPS = {0: (6, 45, 1, 2), 12: (6, 45, 1.5, 2), 20: (8, 80, 2, 1)}
+# truth.
+GROUPS = {0: (6, 45, 1), 12: (6, 45, 1.5), 20: (8, 80, 2)}
 
 
-def filter_groups(pilot, observation, noise, times=None, boost=None):
+def filter_groups(pilot, observation, noise, boost=None):
     """Estimate a picture from groups of similar patches, given a first estimate of it.
 
     A group has k patches of n pixels: X of the pilot, (k, n), and Y of the observation.
@@ -43,7 +43,6 @@ def filter_groups(pilot, observation, noise, times=None, boost=None):
         observation: of the same shape.
         noise: variance of the observation's noise, above 0: one number, or one for each
             frequency of torch.fft.rfft2, (C, H, W // 2 + 1).
-        times: number of filterings; None: that in GROUPS.
         boost: factor of the Gram matrices in detail; None: that in GROUPS.
 
     Returns:
@@ -53,7 +52,7 @@ def filter_groups(pilot, observation, noise, times=None, boost=None):
     noise = torch.as_tensor(noise).to(pilot).expand(planes, height, width // 2 + 1)
     # A picture's energy lies in the low frequencies, so their noise chooses the settings.
     sigma = 255 * noise[:, 0, 0].mean().sqrt().item()
-    patch, size, usual_boost, usual_times = GROUPS[max(k for k in GROUPS if k <= sigma)]
+    patch, size, usual_boost = GROUPS[max(k for k in GROUPS if k <= sigma)]
     estimators = [
         functools.partial(
             two_filters,
@@ -63,9 +62,7 @@ def filter_groups(pilot, observation, noise, times=None, boost=None):
         )
         for variance, plane in zip(effective_variances(noise), noise)
     ]
-    for _ in range(times or usual_times):
-        pilot, risk = filter_once(pilot, observation, patch, size, estimators)
-    return pilot, risk
+    return filter_once(pilot, observation, patch, size, estimators)
 
 
 def effective_variances(noise):
