@@ -131,9 +131,6 @@ RECIPES = {
     ),
 }
 
-# Changes to `fast` against a JPEG's noise. Compression has made it smooth, so the network learns
-# it sooner, and early predictions help more.
-JPEG = {"averaging_power": 1}
 # Changes to `fast` on every device but CUDA if its result is fused. A step takes three
 # quarters of the time, and fusing restores what the narrow network loses. CUDA would gain
 # nothing, because its steps consist of many kernels that are short already.
@@ -183,8 +180,6 @@ def adapt(
     camera = recipe.own_scale and not blurred and not noise.is_white()
     if camera:
         values["photons"] = _photons(recipe, noise, values)
-        if noise.jpeg:
-            values |= JPEG
     values |= {k: v for k, v in given.items() if hasattr(recipe, k) and k != "fuse"}
     if not given.get("real_noise", camera):
         values["photons"] = None
