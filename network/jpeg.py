@@ -42,6 +42,7 @@ MIN_DISTANCE = 1.5  # sigmas from a block's mean to black and white, else noise 
 # Sigma is certain if MIN_NUMBER coefficients are not 0 and either these are MIN_SHARE of all
 # or sigma implies more than MIN_EXPECTED nonzero ones in the high frequencies.
 MIN_NUMBER, MIN_SHARE, MIN_EXPECTED = 20, 0.08, 10
+FALL = 0.25  # energy of texture in the high frequencies over that in the middle ones
 
 
 class Compressed(NamedTuple):
@@ -51,7 +52,7 @@ class Compressed(NamedTuple):
     is_certain: bool  # whether enough nonzero coefficients are left to measure sigma
     ratio: float  # variance in the middle frequencies over the high ones; 0: not known
     growth: float  # sigma in the brighter half of the blocks over that in the other
-    least: float  # a lower estimate: after compression, or in the high frequencies
+    least: float  # a lower estimate: after compression, or without what texture adds
     sharpness: float  # root mean square of the high frequencies in the whole picture
 
 
@@ -142,7 +143,9 @@ def measure_jpeg(y, known, grid):
     is_certain = nonzero.sum() >= MIN_NUMBER and (
         nonzero.mean() >= MIN_SHARE or expected > MIN_EXPECTED
     )
-    left = math.sqrt((flat[:, ORDER >= 4] ** 2).mean())  # texture is mostly lower
+    least = [(flat[:, ORDER >= 4] ** 2).mean()]  # texture is mostly lower
+    if expected > MIN_EXPECTED:
+        least.append(max(high**2 - FALL * middle**2, 0) / (1 - FALL))
     halves = np.array_split(spectra[:, 0].argsort(), 2)
     dark, bright = (
         _flat_blocks(spectra[half], steps, distance[half], each)[1] for half in halves
@@ -152,7 +155,7 @@ def measure_jpeg(y, known, grid):
         is_certain=bool(is_certain),
         ratio=(middle / high) ** 2 if expected > MIN_EXPECTED else 0.0,
         growth=bright / dark,
-        least=(min(left, high) if expected > MIN_EXPECTED else left) / each,
+        least=math.sqrt(min(least)) / each,
         sharpness=math.sqrt((spectra[:, HIGH] ** 2).mean()),
     )
 

@@ -51,7 +51,7 @@ MIN_GROWTH = 1.2  # sigma where it is bright over sigma where it is dark
 MAX_STRENGTH = 1.4  # variance of one channel over another's that counts as equal
 # Under a JPEG. Texture looks more like noise, since only aligned blocks can be used.
 MAX_JPEG_RATIO, MAX_JPEG_GROWTH = 1.3, 1.3
-MIN_JPEG_RATIO = 4.0  # of shared noise, in a picture with fine detail; fur has 3
+MIN_JPEG_RATIO = 5.0  # of shared noise, beside fine detail; fur has 3, waves 4
 # With more growth black hides the noise, so the flattest bright blocks decide.
 MAX_KNOWN_GROWTH = 50.0
 MIN_JPEG_SIGMA = 3  # white noise, where 255 is the picture's range; less may be grain

@@ -118,6 +118,16 @@ def test_a_clean_jpeg_is_hardly_changed():
     assert recipes.adapt("fast", jpeg(fur, 90)[0]).fuse == "noise"
 
 
+@pytest.mark.parametrize("sigma", [0, 5, 10])
+def test_texture_under_a_jpeg_is_not_taken_for_noise(sigma):
+    """Gravel is nowhere flat, and has more energy in the middle frequencies than above."""
+    gravel = skimage.data.gravel()[None, 176:336, 176:336] / 255
+    y, _ = jpeg(gravel + noise(gravel.shape, sigma), 95)
+    found = find_noise(y, ALL)
+    assert found.jpeg and found.sigma() == pytest.approx(sigma, rel=0.1, abs=1)
+    assert recipes.adapt("fast", y).fuse == "noise"
+
+
 def test_black_may_hide_the_noise_of_a_jpeg():
     """Black without noise, flat gray, and texture that is never flat."""
     clean = np.full((1, 160, 160), 2 / 255)
