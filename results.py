@@ -409,7 +409,7 @@ class Result:
     def advance(self, n, part="prediction"):
         """Count n parts (see Forecast) as done; after a signal, save and exit."""
         self.forecast.count(part, n)
-        self.progress.show(self.forecast.seconds_left())
+        self.progress.expect(self.forecast.seconds_left())
         if self.progress.stopping:
             with suppress(OSError):  # `saved_step` tells where --resume goes on
                 if self.learner.step:

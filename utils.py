@@ -45,10 +45,8 @@ def reason(error, path="", size=""):
     if isinstance(error, FloatingPointError):
         return f"{path}: {error}"
     if is_out_of_memory(error):
-        return (
-            f"{path}: out of memory at {size}; a --crop, a smaller --bs, --fuse off or "
-            "--device cpu needs less"
-        )
+        cure = "a --crop, a smaller --bs, --fuse off or --device cpu needs less"
+        return f"{path}: out of memory at {size}; {cure}"
     return None
 
 
@@ -262,14 +260,8 @@ OPTIONS = {
     "reference": (text, "score an --observed image's result against this clean one"),
     "mask": (text, "fill in the pixels where this image is 0 or transparent"),
     "missing": (RATE, "hide this share of the pixels at random, and fill them in"),
-    "kernel": (
-        text,
-        "read the PSF from a .mat, .npy or image; or estimate it: estimate",
-    ),
-    "kernel_size": (
-        SIDE,
-        "take a PSF of this side, pixels (Gaussian 15, estimated 31)",
-    ),
+    "kernel": (text, "read the PSF from a .mat, .npy or image; or find it: estimate"),
+    "kernel_size": (SIDE, "take a PSF of this side, pixels (Gaussian 15, found 31)"),
     "kernel_sigma": (PSF_SIGMA, "blur by a Gaussian of this deviation, pixels (1.0)"),
     "boundary": (("wrap", "valid"), "take the blur as circular, or as a camera's"),
     "recipe": (("fast", "paper"), "train 500 steps, or 150,000 as published"),
@@ -277,10 +269,7 @@ OPTIONS = {
     "iteration": (COUNT, "train for this number of steps"),
     "lr": (POSITIVE, "train at this learning rate"),
     "width": (WIDTH, "use this share of the paper's channels in the slowest layers"),
-    "optimizer": (
-        ("adam", "adamw", "muon"),
-        "train with this optimiser; adamw's weight decay is 0.01",
-    ),
+    "optimizer": (("adam", "adamw", "muon"), "use this optimiser (adamw: decay 0.01)"),
     "window": (NATURAL, "train on windows of this side, pixels; 0: the whole image"),
     "precision": (("auto", "float32", "bfloat16"), "hold feature maps in this type"),
     "fuse": (("on", "off"), "fuse the network's result with the observation"),
@@ -410,43 +399,53 @@ EVERY, FIRST = 60, 5  # seconds between two lines or checkpoints; before the fir
 class Progress:
     """One picture's progress in time: a bar, or lines if stderr is no terminal.
 
-    Between `start` and `close` a signal to end only sets `stopping` to the exit status.
+    A thread draws it, so it goes on while fusing takes its minutes. Between `start` and
+    `close` a signal to end only sets `stopping` to the exit status.
     """
 
     def __init__(self, name):
         self.name, self.bar, self.stopping, self.handlers = name, None, None, {}
-        self.started = self.due = 0.0  # time of the start; of the next line
+        self.started, self.end, self.closed = 0.0, None, threading.Event()
 
     def start(self):
         """Start the clock."""
         how = {"desc": self.name, "disable": None, "leave": False}
         self.bar = tqdm(bar_format="{l_bar}{bar}| {elapsed}<{remaining}", **how)
         self.started = time.perf_counter()
-        self.due = self.started + (FIRST if self.bar.disable else 0)
+        self.thread = threading.Thread(target=self._draw_until_closed, daemon=True)
+        self.thread.start()
         main = threading.current_thread() is threading.main_thread()  # sets handlers
         for number in (signal.SIGINT, signal.SIGTERM) if main else ():
             # A shell lets a command that it runs behind "&" ignore Ctrl-C.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self.handlers[number] = signal.signal(number, self._stop)
 
-    def show(self, left):
-        """Show the share of the time that has passed, and the seconds left, when due."""
+    def expect(self, left):
+        """Note the seconds left."""
+        self.end = time.perf_counter() + left
+
+    def draw(self):
+        """Show the share of the time that has passed, and the seconds left."""
         now = time.perf_counter()
-        if now < self.due:
-            return
-        self.bar.n = now - self.started
+        self.bar.n, left = now - self.started, max(0, self.end - now)
         self.bar.total = self.bar.n + left
         self.bar.refresh()
         if self.bar.disable:  # stderr is no terminal, and a bar would fill it
             share, time_left = self.bar.n / self.bar.total, tqdm.format_interval(left)
-            line = f"{self.name}: {share:.0%} done, {time_left} left"
-            print(line, file=sys.stderr)
-        self.due = now + (EVERY if self.bar.disable else 0.1)
+            print(f"{self.name}: {share:.0%} done, {time_left} left", file=sys.stderr)
+
+    def _draw_until_closed(self):
+        first, every = (FIRST, EVERY) if self.bar.disable else (0.5, 0.5)
+        while not self.closed.wait(first if self.end is None else every):
+            if self.end is not None:
+                self.draw()
 
     def close(self):
         """Remove the bar, and handle signals as before."""
         self._restore_handlers()
+        self.closed.set()
         if self.bar is not None:
+            self.thread.join()
             self.bar.close()
         self.bar = None
 

@@ -93,6 +93,7 @@ def test_the_summary_has_what_another_process_finishes_meanwhile(monkeypatch):
         write(f"in/{name}.png")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(utils, "EVERY", 0)
+    monkeypatch.setattr(utils.Progress, "_draw_until_closed", lambda progress: None)
     plain, calls = utils.csv_text, []
 
     def late(rows):

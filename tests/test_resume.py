@@ -245,19 +245,27 @@ def test_every_source_of_the_program_tells_it_from_others(tmp_path):
     assert utils.sources_digest(tmp_path) not in seen
 
 
-def test_checkpoints_and_lines_of_progress_come_by_the_clock(monkeypatch, capsys):
+def test_checkpoints_come_by_the_clock_and_progress_with_every_part(
+    monkeypatch, capsys
+):
     write("in/a.png")
     saved, save = [], results.Result._save_checkpoint
+    expect = utils.Progress.expect
 
     def watched(result):
         save(result)
         saved.append(result.learner.step)
 
+    def drawn(progress, left):
+        expect(progress, left)
+        progress.draw()
+
     monkeypatch.setattr(results.Result, "_save_checkpoint", watched)
     flags = "--path in/a.png --test_frequency 4 --recipe paper"
     assert run("denoise", flags) == 0
     monkeypatch.setattr(utils, "EVERY", 0)
-    monkeypatch.setattr(utils, "FIRST", 0)
+    monkeypatch.setattr(utils.Progress, "expect", drawn)
+    monkeypatch.setattr(utils.Progress, "_draw_until_closed", lambda progress: None)
     assert run("denoise", flags) == 0
     assert saved == [1, 2, 3, 4]  # the last before the test, which takes long
     told = [line for line in capsys.readouterr().err.splitlines() if "% done" in line]
