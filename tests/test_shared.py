@@ -40,7 +40,7 @@ def test_the_variance_at_low_frequencies_is_found(width):
     assert (found > 3 * noise.var()).all()  # that of the pixels is too low
     np.testing.assert_allclose(found, expected, rtol=0.25)
     # f has kept most of it, so the residual has little.
-    kept, _ = shared.shared_variance(*map(planes_of, (clean + 0.8 * noise, y)))
+    kept, *_ = shared.shared_variance(*map(planes_of, (clean + 0.8 * noise, y)))
     assert (kept[1:] > 0.7 * expected).all()
 
 
@@ -74,6 +74,19 @@ def test_a_picture_with_hardly_any_noise_keeps_the_detail_of_y():
     y = clean + shared_noise(clean.shape, 2, 1.0)[0]
     result, _ = shared.fuse_shared(f, 0 * f + 1e-4, y, KNOWN)
     assert decibels(result, clean) > decibels(f, clean) + 4
+
+
+def test_detail_far_above_the_noise_is_that_of_y_and_dark_parts_set_no_standard():
+    plain = np.full((1, 96, 192), 0.2, np.float32)
+    plain[..., 64:] = 0.6
+    noise = shared_noise(plain.shape, 4, 1.0)[0] * np.where(plain > 0.4, 1, 0.1)
+    clean, inside = plain.copy(), np.s_[:, 40:60, 140:170]
+    clean[inside] += 0.1 * np.random.default_rng(1).choice((-1, 1), (20, 30))
+    y, f = np.float32(clean + noise), np.float32(plain + 0.3 * noise)
+    result, _ = shared.fuse_shared(f, 0 * f + 1e-5, y, KNOWN)
+    assert (result - y)[inside].std() < 0.3 * (f - y)[inside].std()
+    smooth = np.s_[:, :, 72:124]
+    assert (result - clean)[smooth].std() < 0.5 * noise[smooth].std()
 
 
 def test_the_colours_are_those_of_the_ensemble():

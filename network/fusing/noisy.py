@@ -116,12 +116,16 @@ def keep_safer(estimate, risk, f, variance, restored, noise):
             that the pass has filtered. All are (C, H, W).
         noise: variance of that observation's noise.
     """
-    energy = (restored - f) ** 2
-    edge = ENERGY_SIDE // 2
-    energy = F.avg_pool2d(energy, ENERGY_SIDE, 1, edge, count_include_pad=False)
+    energy = local_energy(restored - f, ENERGY_SIDE)
     error = torch.maximum(SPREAD * variance, energy - noise)
     ratio = risk / error.clamp(min=1e-12)
     return estimate.lerp(f, ratio**2 / (1 + ratio**2))
+
+
+def local_energy(x, side):
+    """Return the mean square of x (C, H, W) in a window around every entry."""
+    energy = F.avg_pool2d(x**2, side, 1, side // 2, count_include_pad=False)
+    return energy.clamp(min=1e-12)
 
 
 def quiet_energy(residual):
