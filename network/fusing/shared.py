@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import scipy.fft
+import scipy.ndimage
 import torch
 
 from network.ensemble import opponent
@@ -21,6 +22,7 @@ MIN_VARIANCE = 1e-7  # in the learner's units; filters need some noise
 BRIGHTNESSES = 4  # groups of blocks, since noise changes with brightness
 LOST_SIDE = 9  # pixels; the energy of y - f in such a window shows lost detail
 MIN_LOST = 2  # that energy over the noise's; below it nothing is lost for certain
+WIDE = 24  # pixels, deviation of the Gaussian that keeps the colours of large areas
 
 
 def fuse_shared(ensemble, variance, observation, known):
@@ -30,7 +32,8 @@ def fuse_shared(ensemble, variance, observation, known):
     the noise's variance at low frequencies. It filters f, which has kept some noise, and
     the luminance of y, which shows detail that f has lost. `keep_safer` judges the latter;
     the more f has lost, the more of y is taken. Where y - f has far more energy than the
-    noise, y itself is taken. The colours are those of f: y's are noisy.
+    noise, y itself is taken. The colours are those of f: y's are noisy. Only those of large
+    areas are y's: there the network's error is larger than the noise that remains.
 
     Args:
         ensemble, variance, observation, known: see noisy.fuse_noisy.
@@ -54,6 +57,8 @@ def fuse_shared(ensemble, variance, observation, known):
     fused[:1] = fused[:1].lerp(keep_safer(detail, risk, *first), share)
     lost = 1 - MIN_LOST * loudest / local_energy(y[:1] - f[:1], LOST_SIDE)
     fused[:1] = fused[:1].lerp(y[:1], lost.clamp(min=0))
+    for plane, other in zip(fused[1:], (y - fused)[1:].cpu().numpy()):
+        plane += torch.as_tensor(scipy.ndimage.gaussian_filter(other, WIDE)).to(plane)
     fused = torch.tensordot(planes.T, fused, 1)
     error = torch.tensordot(planes.T**2, variance, 1)
     return fused.cpu().numpy(), error.cpu().numpy()
