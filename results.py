@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -585,9 +585,9 @@ class Run:
         """Yield the Result of one image; report an error, so the caller's loop goes on."""
         result = Result(self, path)
         try:
-            yield result
+            with closing(result.progress):
+                yield result
         except (KeyboardInterrupt, SystemExit) as stop:
-            result.progress.close()
             step = result.saved_step
             left = f"--resume goes on from step {step}" if step else "nothing is saved"
             utils.report(f"{result.name}: interrupted; {left}")

@@ -4,7 +4,9 @@ import io
 import threading
 
 import pytest
+from scripts import run, write
 
+import network
 import utils
 
 
@@ -84,3 +86,15 @@ def test_a_long_part_does_not_stop_the_bar(monkeypatch):
     assert drawn.wait(30)
     progress.close()
     assert not progress.thread.is_alive()
+
+
+def test_no_thread_outlives_an_error_of_the_program(monkeypatch):
+    def fail(learner):
+        raise ZeroDivisionError
+
+    write("in/a.png")
+    monkeypatch.setattr(network.Self2Self, "train_step", fail)
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        run("denoise", "--path in/a.png")
+    assert threading.active_count() == before

@@ -39,8 +39,8 @@ def fuse_shared(ensemble, variance, observation, known):
         ensemble, variance, observation, known: see noisy.fuse_noisy.
 
     Returns:
-        The fused restoration, and its predicted squared error, which is the variance (0.8
-        to 1.7 of the true error on 7 of 10 photos); (C, H, W), float32, on the CPU.
+        The fused restoration, and its predicted squared error, which is the variance (0.9
+        to 1.9 of the true error on 7 of 10 photos); (C, H, W), float32, on the CPU.
     """
     y = torch.as_tensor(observation, dtype=torch.float32)
     f, variance, known = (torch.as_tensor(x).to(y) for x in (ensemble, variance, known))
